@@ -1,0 +1,70 @@
+"""The command line: `python -m east_plugins COMMAND`, also installed as `east`."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from .errors import EastError, UnknownNameError
+
+#: Command to module, function, and its line of help.
+COMMANDS = {
+    "run": ("launch", "main", "run an existing script unmodified, with EAST attached to the host it builds"),
+    "train": ("__main__", "train", "train one network with the built-in trainer"),
+    "compare": ("compare", "main", "train several methods and make a table and a plot"),
+    "info": ("info", "main", "parameters, memory and MACs of a network; no training"),
+    "export": ("export", "main", "write a run's sparse network as a deployable file"),
+    "bench": ("bench", "main", "timings as ratios, side by side in one process"),
+    "patch": ("patching", "main", "add the --east-* flags to a checkout of a published script"),
+    "plugins": ("info", "plugins", "list everything registered"),
+}
+
+
+def train(argv: Sequence[str]) -> int:
+    """The command `train`."""
+    from . import config, flags
+    from .train import train
+
+    parser = flags.Parser(prog="east_plugins train", description="Train one network; flags have ITOP's names.")
+    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder that the run is written to")
+    parser.add_argument("--resume", action="store_true", help="go on with the run in --out, if there is one")
+    parser.add_argument("--quiet", action="store_true", help="no progress, only the result")
+    config.add_flags(parser)
+    given = vars(parser.parse_args(argv))
+    out, resume, quiet = (given.pop(name) for name in ("out", "resume", "quiet"))
+    summary = train(config.from_flags(given), out, resume, quiet)
+    print(
+        f"test accuracy {summary['test_accuracy']:.2%} of the network of epoch {summary['best_epoch']} "
+        f"(validation {summary['best_validation_accuracy']:.2%}), {summary['nonzeros']:,} of {summary['maskable']:,} "
+        f"weights active; {out}"
+    )
+    return 0
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; returns the exit code (0; 2 for wrong usage or input; 130 on Ctrl-C)."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    if not argv or argv[0] in ("-h", "--help"):
+        print("usage: python -m east_plugins COMMAND [flags]   (COMMAND --help lists its flags)\n")
+        print("\n".join(f"  {name:<9} {help}" for name, (_, _, help) in COMMANDS.items()))
+        return 0 if argv else 2
+    try:
+        if argv[0] not in COMMANDS:
+            raise UnknownNameError("command", argv[0], COMMANDS)
+        module, function, _ = COMMANDS[argv[0]]
+        return getattr(importlib.import_module(f"east_plugins.{module}"), function)(argv[1:])
+    except KeyboardInterrupt:
+        return 130
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except EastError as error:
+        print(f"east_plugins: {error}", file=sys.stderr)
+        return 130 if type(error).__name__ == "Interrupted" else 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())

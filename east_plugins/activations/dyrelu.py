@@ -1,0 +1,77 @@
+"""Dynamic ReLU (Chen et al., "Dynamic ReLU", ECCV 2020)."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..errors import UsageError
+from ..registry import activation
+
+_K = 2  # linear functions of which the maximum is taken
+_TEMPERATURE = 10
+
+
+@activation.register("dyrelu-b")
+class DyReLUB(nn.Module):
+    """DyReLU-B: coefficients from the input, one set for each channel.
+
+    `y_c = max_k (a_k^c(x) x_c + b_k^c(x))`, K = 2, with `a_k = alpha_k + delta`, `b_k = 0.5 delta`,
+    alpha = (1, 0), and the deltas in [-1, 1] from the input's global average:
+    `2 sigmoid(Linear(C//r, 2KC)(ReLU(Linear(C, C//r)(mean x)))) - 1` (Sec. 3.2), in the order a_1, a_2, b_1, b_2,
+    each over all channels.
+
+    Input and output: [N, C, ...], any number of positions (none: an MLP's hidden units); memory format is kept.
+
+    Args:
+        num_channels: C.
+        reduction: r, at least 1; the hidden layer has at least one unit. Otherwise raises `UsageError`.
+    """
+
+    def __init__(self, num_channels: int, reduction: int = 4):
+        super().__init__()
+        if reduction < 1:
+            raise UsageError(f"--east-dyrelu-reduction must be at least 1, got {reduction}")
+        hidden = max(1, num_channels // reduction)
+        self.squeeze = nn.Linear(num_channels, hidden)
+        self.excite = nn.Linear(hidden, 2 * _K * self._sets(num_channels))
+
+    def _sets(self, num_channels: int) -> int:
+        return num_channels
+
+    def forward(self, x: Tensor) -> Tensor:
+        positions = tuple(range(2, x.dim()))
+        mean = x.mean(positions) if positions else x
+        delta = 2 * torch.sigmoid(self.excite(F.relu(self.squeeze(mean)))) - 1
+        a1, a2, b1, b2 = delta.view(len(x), 2 * _K, -1, *(1 for _ in positions)).unbind(1)
+        return torch.maximum((1 + a1) * x + 0.5 * b1, a2 * x + 0.5 * b2)
+
+
+@activation.register("dyrelu-a")
+class DyReLUA(DyReLUB):
+    """DyReLU-A: as B, with one set of coefficients for all channels (Sec. 3.4)."""
+
+    def _sets(self, num_channels: int) -> int:
+        return 1
+
+
+@activation.register("dyrelu-c")
+class DyReLUC(DyReLUB):
+    """DyReLU-C: as B, with coefficients scaled at each position by a spatial attention (Sec. 3.4).
+
+    `pi = min(gamma softmax(z / 10), 1)` with z a 1x1 convolution of the input to one channel, the softmax over all
+    HW positions and gamma = HW/3. An input without positions has no attention: C is then B.
+    """
+
+    def __init__(self, num_channels: int, reduction: int = 4):
+        super().__init__(num_channels, reduction)
+        self.spatial = nn.Conv1d(num_channels, 1, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = super().forward(x)
+        if x.dim() == 2:
+            return y
+        z = self.spatial(x.flatten(2))
+        attention = (z.shape[2] / 3 * torch.softmax(z / _TEMPERATURE, 2)).clamp(max=1)
+        return y * attention.view(len(x), 1, *x.shape[2:])  # max_k (pi a x + pi b) = pi max_k (a x + b)

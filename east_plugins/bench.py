@@ -1,0 +1,172 @@
+"""The command `bench`: timings as ratios, candidates interleaved in one process."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import json
+import platform
+import statistics
+import sys
+import time
+from argparse import Namespace
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from . import __version__, flags, models
+from .errors import UnknownNameError, UsageError
+from .masking import Masking
+from .ops.maskable import maskable
+
+WHAT = ("step", "update", "inference")
+
+
+def interleaved(candidates: Mapping[str, Callable[[], Any]], repeats: int, device: torch.device) -> list[dict]:
+    """Milliseconds of every candidate over `repeats` rounds, in turn within a round: median, minimum, maximum.
+
+    One round goes before as warm-up.
+    """
+    times: dict[str, list[float]] = {name: [] for name in candidates}
+    for _ in range(repeats + 1):
+        for name, run in candidates.items():
+            _wait_for(device)
+            began = time.perf_counter()
+            run()
+            _wait_for(device)
+            times[name].append(1000 * (time.perf_counter() - began))
+    rows = []
+    for name, values in times.items():
+        values = values[1:]
+        rows.append(
+            {"name": name, "median_ms": statistics.median(values), "min_ms": min(values), "max_ms": max(values)}
+        )
+    return rows
+
+
+def _wait_for(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def report(rows: Sequence[Mapping[str, Any]], ratios: Mapping[str, tuple[str, str]]) -> dict[str, Any]:
+    """What `bench --json` prints: rows, ratios of medians, versions and thread count."""
+    median = {row["name"]: row["median_ms"] for row in rows}
+    return {
+        "rows": list(rows),
+        "ratios": {n: median[a] / median[b] for n, (a, b) in ratios.items() if a in median and b in median},
+        "versions": {"east_plugins": __version__, "torch": str(torch.__version__), "python": platform.python_version()},
+        "threads": torch.get_num_threads(),
+    }
+
+
+def as_text(result: Mapping[str, Any]) -> str:
+    """The same for people."""
+    lines = [f"{'':<28} {'median':>10} {'min':>10} {'max':>10}   ms, {result['threads']} threads"]
+    for row in result["rows"]:
+        lines.append(f"{row['name']:<28} {row['median_ms']:>10.3f} {row['min_ms']:>10.3f} {row['max_ms']:>10.3f}")
+    lines += [f"{name:<28} {value:>10.2f}" for name, value in result["ratios"].items()]
+    return "\n".join(lines)
+
+
+def main(argv: Sequence[str]) -> int:
+    if not argv or argv[0] in ("-h", "--help"):
+        print(f"usage: east_plugins bench {{{','.join(WHAT)}}} [flags]   (bench step --help lists them)")
+        return 0 if argv else 2
+    if argv[0] not in WHAT:
+        raise UnknownNameError("benchmark", argv[0], WHAT)
+    if argv[0] == "inference":
+        return importlib.import_module("east_plugins.export.bench").main(argv[1:])
+    parser = flags.Parser(prog=f"east_plugins bench {argv[0]}", description=_HELP[argv[0]])
+    add = parser.add_argument
+    add("--model", default="resnet34", metavar="NAME", help="network (default: resnet34)")
+    add("--classes", type=int, default=100, metavar="N", help="its outputs (default: 100)")
+    add("--density", type=float, default=0.0005, metavar="X", help="active share of the weights (default: 0.0005)")
+    add("--growth", default="gradient", metavar="NAME", help="growth rule (default: gradient)")
+    add("--repeats", type=int, default=15, metavar="N", help="rounds (default: 15)")
+    add("--threads", type=int, metavar="N", help="CPU threads (default: PyTorch's choice)")
+    add("--device", default="cpu", metavar="NAME", help="cpu, cuda, ... (default: cpu)")
+    add("--itop", type=Path, metavar="DIR", help="checkout of ITOP, to time its host beside ours")
+    add("--json", action="store_true", help="one JSON object in place of the table")
+    args = parser.parse_args(argv[1:])
+    if args.repeats < 1:
+        raise UsageError(f"--repeats must be at least 1, got {args.repeats}")
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    result = {"step": step, "update": update}[argv[0]](args)
+    print(json.dumps(result) if args.json else as_text(result))
+    return 0
+
+
+_HELP = {
+    "step": "Our host's step() against the dense model's optimizer.step() alone (SGD, momentum, weight decay).",
+    "update": "A topology update of our host against the dense model's optimizer.step().",
+}
+
+
+def step(args: Namespace) -> dict[str, Any]:
+    """`host.step()` and the dense model's `optimizer.step()`, gradients given (ratio host_over_optimizer)."""
+    dense, ours = _Subject(args), _Subject(args)
+    host = ours.masked_by(Masking, growth_mode=args.growth, update_frequency=None)
+    candidates = {"optimizer": dense.optimizer.step, "host": host.step}
+    if args.itop:
+        candidates["itop"] = _itop(args).step
+    rows = interleaved(candidates, args.repeats, torch.device(args.device))
+    return report(rows, {"host_over_optimizer": ("host", "optimizer"), "itop_over_optimizer": ("itop", "optimizer")})
+
+
+def update(args: Namespace) -> dict[str, Any]:
+    """`host.truncate_weights()` from fresh dense gradients (ratio update_over_optimizer)."""
+    dense, ours = _Subject(args), _Subject(args)
+    host = ours.masked_by(Masking, growth_mode=args.growth, death_rate=0.5)
+    host.step()  # gives optimizer state and running averages their tensors
+    ours.draw_gradients()
+    candidates = {"optimizer": dense.optimizer.step, "host": host.truncate_weights}
+    if args.itop:
+        candidates["itop"] = _itop(args).truncate_weights
+    rows = interleaved(candidates, args.repeats, torch.device(args.device))
+    names = {"update_over_optimizer": ("host", "optimizer"), "itop_over_optimizer": ("itop", "optimizer")}
+    return report(rows, names)
+
+
+class _Subject:
+    """A network with gradients and an optimizer that has run once."""
+
+    def __init__(self, args: Namespace):
+        torch.manual_seed(0)
+        self.args = args
+        self.model = models.build(args.model, args.classes).to(args.device)
+        self.optimizer = torch.optim.SGD(self.model.parameters(), lr=1e-6, momentum=0.9, weight_decay=1e-4)
+        self.draw_gradients()
+        self.optimizer.step()
+
+    def draw_gradients(self) -> None:
+        for parameter in self.model.parameters():
+            parameter.grad = torch.randn_like(parameter)
+
+    def masked_by(self, host_class: Callable, **kwargs):
+        host = host_class(self.optimizer, redistribution_mode="none", **kwargs)
+        host.add_module(self.model, density=self.args.density, sparse_init="ERK")
+        assert len(maskable(self.model)) == len(host.masks)
+        return host
+
+
+def _itop(args: Namespace):
+    """ITOP's own host, from a checkout, with the same network and gradients; silent, on a machine without CUDA too."""
+    file = args.itop / "sparselearning" / "core.py"
+    if not file.is_file():
+        raise UsageError(f"--itop {args.itop} is no checkout of ITOP: it has no sparselearning/core.py")
+    spec = importlib.util.spec_from_file_location("itop_core", file)
+    core = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(core)
+    core.print = lambda *args: None
+    if not torch.cuda.is_available():
+        torch.Tensor.cuda = lambda tensor, *args, **kwargs: tensor
+    subject = _Subject(args)
+    itop_args = Namespace(fix=False, update_frequency=sys.maxsize)
+    decay = core.CosineDecay(0.5, 1000)
+    return subject.masked_by(
+        core.Masking, growth_mode=args.growth, death_rate=0.5, args=itop_args, death_rate_decay=decay
+    )

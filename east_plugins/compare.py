@@ -1,0 +1,222 @@
+"""Several methods at several sparsities with several seeds: one table and one plot. Finished runs are not repeated."""
+
+from __future__ import annotations
+
+import csv
+import io
+import multiprocessing
+import os
+import statistics
+import sys
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from . import config, flags, runs
+from .config import Config
+from .errors import MissingExtraError, UsageError
+from .train import Trainer, train
+
+
+@dataclass(frozen=True)
+class Job:
+    """One run of a comparison."""
+
+    method: str
+    sparsity: float
+    seed: int
+    options: Config
+    out: Path
+
+
+@dataclass(frozen=True)
+class Row:
+    """One cell of the table: a method at a sparsity, over its seeds."""
+
+    method: str
+    sparsity: float
+    accuracies: list[float]
+    effective: list[float]
+
+    @property
+    def mean(self) -> float:
+        return statistics.fmean(self.accuracies)
+
+    @property
+    def spread(self) -> float:
+        """Standard deviation over seeds; 0 for one seed."""
+        return statistics.stdev(self.accuracies) if len(self.accuracies) > 1 else 0.0
+
+
+def add_flags(parser: flags.Parser) -> None:
+    group = parser.add_argument_group("comparison")
+    group.add_argument("--methods", default="set,rigl,east", metavar="M,M", help="methods, as train takes them")
+    group.add_argument("--sparsities", default="0.999,0.9995", metavar="S,S", help="shares of weights that are zero")
+    group.add_argument("--seeds", default="0", metavar="N,N", help="one run for each seed")
+    group.add_argument("--jobs", type=int, default=1, metavar="N", help="runs at a time (default: 1)")
+    group.add_argument("--out", required=True, type=Path, metavar="DIR", help="folder of the runs, table and plot")
+    config.add_flags(parser)
+
+
+def jobs(given: dict[str, Any]) -> list[Job]:
+    """All runs of a comparison, every one checked; raises `UsageError` before any has started."""
+    for name in ("density", "method", "seed"):
+        if name in given:
+            raise UsageError(f"--{name} cannot be given to compare; it has --methods, --sparsities and --seeds")
+    comparison = {name: given.pop(name) for name in ("methods", "sparsities", "seeds", "jobs", "out")}
+    if comparison["jobs"] < 1:
+        raise UsageError(f"--jobs must be at least 1, got {comparison['jobs']}")
+    threads = given.setdefault("threads", max(1, (os.cpu_count() or 1) // comparison["jobs"]))
+    if threads < 1:
+        raise UsageError(f"--threads must be at least 1, got {threads}")
+    sparsities = _numbers("--sparsities", comparison["sparsities"], float)
+    seeds = _numbers("--seeds", comparison["seeds"], int)
+    wrong = [s for s in sparsities if not 0 <= s < 1]
+    if wrong:
+        raise UsageError(f"--sparsities must be in [0, 1), got {wrong[0]:g}")
+    found = []
+    for method in comparison["methods"].split(","):
+        for sparsity in sparsities if method != "dense" else [0.0]:
+            density = {} if method == "dense" else {"density": round(1 - sparsity, 12)}
+            for seed in seeds:
+                options = config.from_flags({**given, **density, "method": method, "seed": seed})
+                out = comparison["out"] / f"{method}-{sparsity:g}-seed{seed}"
+                found.append(Job(method, sparsity, seed, options, out))
+    return found
+
+
+def check(todo: Sequence[Job]) -> None:
+    """Build every kind of run once without training it, so that what cannot be is refused before hours of work."""
+    kinds = {(job.method, job.sparsity): job for job in todo if runs.read_summary(job.out) is None}
+    data = runs.load_data(todo[0].options) if kinds else None
+    for job in kinds.values():
+        Trainer(job.options, job.out, data)
+
+
+def run(todo: Sequence[Job], workers: int = 1) -> Iterator[tuple[Job, dict[str, Any]]]:
+    """Train what is not finished yet; yields every job with its summary as it ends."""
+    if workers == 1:
+        for job in todo:
+            yield job, train(job.options, job.out, resume=True, quiet=True)
+        return
+    spawn = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(workers, mp_context=spawn) as pool:
+        futures = {pool.submit(train, job.options, job.out, True, True): job for job in todo}
+        try:
+            for future in as_completed(futures):
+                yield futures[future], future.result()
+        except BaseException:
+            pool.shutdown(cancel_futures=True)
+            raise
+
+
+def main(argv: Sequence[str]) -> int:
+    """The command `compare`."""
+    parser = flags.Parser(prog="east_plugins compare", description=__doc__)
+    add_flags(parser)
+    given = vars(parser.parse_args(argv))
+    workers, out = given["jobs"], given["out"]
+    todo = jobs(given)
+    check(todo)
+    out.mkdir(parents=True, exist_ok=True)
+    summaries = []
+    for job, summary in run(todo, workers):
+        summaries.append((job, summary))
+        print(
+            f"{len(summaries):>3}/{len(todo)}  {job.method:<16} sparsity {job.sparsity:g}  seed {job.seed}  "
+            f"test {summary['test_accuracy']:.2%}  {summary['seconds']:.0f} s",
+            file=sys.stderr,
+            flush=True,
+        )
+    order = {job.out: i for i, job in enumerate(todo)}
+    rows = collect(sorted(summaries, key=lambda pair: order[pair[0].out]))
+    table = markdown(rows)
+    runs.write_atomically(out / "table.md", table)
+    runs.write_atomically(out / "table.csv", as_csv(rows))
+    chance = 1 / summaries[0][1]["classes"]
+    plot(rows, out / "accuracy.png", chance)
+    print(table)
+    print(f"table: {out / 'table.md'}   plot: {out / 'accuracy.png'}")
+    return 0
+
+
+def collect(summaries: Sequence[tuple[Job, dict[str, Any]]]) -> list[Row]:
+    """One row for each method and sparsity, in the order of the jobs."""
+    cells: dict[tuple[str, float], list[dict]] = {}
+    for job, summary in summaries:
+        cells.setdefault((job.method, job.sparsity), []).append(summary)
+    return [
+        Row(method, sparsity, [s["test_accuracy"] for s in cell], [s["effective_density"] / s["density"] for s in cell])
+        for (method, sparsity), cell in cells.items()
+    ]
+
+
+def markdown(rows: Sequence[Row]) -> str:
+    """Test accuracy, mean and standard deviation over seeds, methods down and sparsities across; in brackets the
+    share of the active weights that lies on a path from input to output."""
+    sparsities = sorted({row.sparsity for row in rows if row.method != "dense"})
+    cells = {(row.method, row.sparsity): row for row in rows}
+    head = ["method", *(f"{sparsity * 100:.6g} %" for sparsity in sparsities)]
+    lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
+    for method in dict.fromkeys(row.method for row in rows):
+        line = [method]
+        for sparsity in sparsities:
+            row = cells.get((method, 0.0 if method == "dense" else sparsity))
+            line.append("" if row is None else _cell(row))
+        lines.append("| " + " | ".join(line) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def _cell(row: Row) -> str:
+    spread = f" +- {100 * row.spread:.1f}" if len(row.accuracies) > 1 else ""
+    return f"{100 * row.mean:.1f}{spread} ({statistics.fmean(row.effective):.0%})"
+
+
+def as_csv(rows: Sequence[Row]) -> str:
+    """One line a method and sparsity, accuracies as fractions of 1."""
+    text = io.StringIO()
+    writer = csv.writer(text)
+    writer.writerow(["method", "sparsity", "mean", "std", "seeds", "on_path", "accuracies"])
+    for row in rows:
+        values = [f"{row.mean:.6f}", f"{row.spread:.6f}", len(row.accuracies), f"{statistics.fmean(row.effective):.6f}"]
+        writer.writerow([row.method, row.sparsity, *values, " ".join(f"{a:.6f}" for a in row.accuracies)])
+    return text.getvalue()
+
+
+def plot(rows: Sequence[Row], path: Path, chance: float) -> None:
+    """Grouped bars of test accuracy with every seed as a dot, one group a sparsity, and the line of chance."""
+    try:
+        import matplotlib
+
+        matplotlib.use("Agg")
+        from matplotlib import pyplot as plt
+    except ImportError as error:
+        raise MissingExtraError("accuracy.png needs matplotlib: pip install 'east_plugins[train]'") from error
+    methods = list(dict.fromkeys(row.method for row in rows))
+    sparsities = sorted({row.sparsity for row in rows})
+    figure, axes = plt.subplots(figsize=(2 + 0.42 * len(methods) * len(sparsities), 4.2), layout="constrained")
+    width = 0.85 / len(methods)
+    for i, method in enumerate(methods):
+        mine = [row for row in rows if row.method == method]
+        x = [sparsities.index(row.sparsity) + (i - (len(methods) - 1) / 2) * width for row in mine]
+        axes.bar(x, [100 * row.mean for row in mine], 0.92 * width, label=method, color=f"C{i}", alpha=0.8)
+        for place, row in zip(x, mine, strict=True):
+            dots = [100 * accuracy for accuracy in row.accuracies]
+            axes.plot([place] * len(dots), dots, "k.", markersize=4)
+    axes.axhline(100 * chance, color="grey", linestyle="--", linewidth=1, label="chance")
+    axes.set_xticks(range(len(sparsities)), [f"{s * 100:.6g} %" for s in sparsities])
+    axes.set(xlabel="sparsity", ylabel="test accuracy (%)", ylim=(0, 100))
+    axes.legend(loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False)
+    temporary = path.with_suffix(".part.png")
+    figure.savefig(temporary, dpi=150)
+    plt.close(figure)
+    os.replace(temporary, path)
+
+
+def _numbers(flag: str, text: str, kind: type) -> list:
+    try:
+        return [kind(part) for part in text.split(",")]
+    except ValueError:
+        raise UsageError(f"{flag} must be numbers joined by commas, got {text!r}") from None

@@ -1,0 +1,199 @@
+"""What one training run is: options as flags and YAML, method presets, and defaults resolved to numbers."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from . import east, flags, registry
+from .east import EastOptions, scaled_steps
+from .errors import UnknownNameError, UsageError
+from .flags import option
+from .schedules.density import check_density
+
+#: What a method name stands for; `update` is the update frequency in steps of Table B.1's run.
+METHODS: dict[str, dict[str, Any]] = {
+    "dense": dict(density=1.0, static=True),
+    "static": dict(static=True),
+    "set": dict(growth="random", death="magnitude", update=1500),
+    "rigl": dict(growth="gradient", death="magnitude", update=4000),
+    "snfs": dict(growth="momentum", death="magnitude", redistribution="momentum", update=391),
+    "gmp": dict(growth="gradient", death="magnitude", death_rate=0.0, density_schedule="gradual", initial_density=1.0,
+                update=1000),
+    "granet": dict(growth="gradient", death="magnitude", prune_scope="global", density_schedule="gradual", update=1000),
+    "east": dict(growth="gradient", death="magnitude", update=4000, tricks=("cyclic", "dyrelu", "share")),
+}
+#: What `+NAME` behind a method adds, as in `rigl+dyrelu`.
+TRICKS: dict[str, dict[str, Any]] = {
+    "cyclic": dict(east_cyclic=True),
+    "dyrelu": dict(east_dyrelu=True),
+    "share": dict(east_share=True),
+    "connected": dict(sparse_init="connected", weight_init="sparse-fan-in"),
+    "dctps": dict(dctps=True),
+}
+DENSITY_SCHEDULES = ("constant", "gradual", "one-shot")
+
+
+def _epochs(text: str) -> list[float]:
+    """`75,150` as numbers; `none` as no epoch at all."""
+    return [] if text in ("", "none") else [float(part) for part in text.split(",")]
+
+
+@dataclass(frozen=True)
+class Config:
+    """Options of `train`, with ITOP's names where it has them. None: depends on the method or the run's length."""
+
+    method: str = option("east", "method, with +trick for each addition: " + ", ".join(METHODS) + "; tricks: "
+                         + ", ".join(TRICKS))
+    model: str = option("resnet34", "network, see `info --model help`")
+    width: int | None = option(None, "channels of the network's stem (default: its own, 64 in resnet34)", type=int)
+    data: str = option("digits", "digits, mnist, fashionmnist, cifar10, cifar100, tinyimagenet, imagenet or folder")
+    data_dir: str | None = option(None, "folder that the data lies in", metavar="DIR")
+    image_size: int | None = option(None, "pixels of an image's side (default: the data's own)", type=int)
+    limit: int | None = option(None, "train on so many images only", type=int)
+    validation: float = option(0.1, "share of the training images that chooses the checkpoint", type=float)
+
+    density: float | None = option(None, "active share of the maskable weights (default: 0.001)", type=float)
+    growth: str | None = option(None, "growth rule")
+    death: str | None = option(None, "prune rule")
+    redistribution: str | None = option(None, "redistribution rule (default: none)")
+    death_rate: float | None = option(
+        None, "share of the active weights replaced in an update (default: 0.5)", type=float
+    )
+    decay_schedule: str = option("cosine", "decay of the death rate: cosine, linear or constant")
+    update_frequency: int | None = option(
+        None, "steps between topology updates (default: SET 1500, RigL and EAST 4000 of 250 epochs' steps)", type=int
+    )
+    sparse_init: str | None = option(None, "allocation: ERK, ER, uniform, EPL, EPF, connected (default: ERK)")
+    weight_init: str | None = option(
+        None, "initial values; sparse-fan-in scales them for the active fan-in", choices=["default", "sparse-fan-in"]
+    )
+    prune_scope: str | None = option(None, "prune per layer or over all (default: local)", choices=["local", "global"])
+    keep_connected: bool = option(False, "updates keep weights on input-to-output paths")
+    density_schedule: str | None = option(None, "density over time without cycles", choices=DENSITY_SCHEDULES)
+    initial_density: float | None = option(None, "density that gradual and one-shot begin at", type=float)
+    dctps: bool = option(False, "DCTpS layers: a fixed DCT matrix plus the sparse weights")
+    transform: str | None = option(None, "model transform of your own, module:function", metavar="NAME")
+
+    epochs: int = option(250, "passes over the training images", type=int)
+    batch_size: int = option(128, "images a step", type=int)
+    optimizer: str = option("sgd", "optimizer", choices=["sgd", "adam", "adamw"])
+    lr: float | None = option(None, "learning rate (default: 0.1 for sgd, 0.001 for adam and adamw)", type=float)
+    lr_drops: list[float] | None = option(
+        None, "epochs of tenfold drops of the rate (default: 75,150 of 250; adam: none)", type=_epochs, metavar="E,E"
+    )
+    momentum: float = option(0.9, "momentum of sgd", type=float)
+    nesterov: bool = option(False, "Nesterov momentum")
+    weight_decay: float = option(1e-4, "L2 regularisation", type=float, aliases=["--l2"])
+    seed: int = option(0, "seed of everything random", type=int)
+    device: str | None = option(None, "cpu, cuda, cuda:1, ... (default: cuda where there is one)")
+    threads: int | None = option(None, "CPU threads (default: PyTorch's choice)", type=int)
+    amp: bool = option(False, "bfloat16 autocast")
+    channels_last: bool = option(False, "channels-last memory format")
+    east: EastOptions = EastOptions()
+
+    def __post_init__(self):
+        if self.density is not None:
+            check_density(self.density)
+        positive = ("epochs", "batch_size", "update_frequency", "width", "limit", "image_size", "threads")
+        for name in positive:
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise UsageError(f"--{name.replace('_', '-')} must be at least 1, got {value}")
+        ranges = dict(lr=(0, math.inf), momentum=(0, 1), weight_decay=(0, math.inf), death_rate=(0, 1))
+        for name, (low, high) in ranges.items():
+            value = getattr(self, name)
+            if value is not None and not low <= value <= high or value == math.inf:
+                raise UsageError(f"--{name.replace('_', '-')} must be in [{low}, {high}], got {value}")
+        for name, kind in (("growth", "growth"), ("death", "pruning"), ("redistribution", "redistribution"),
+                           ("sparse_init", "allocation"), ("decay_schedule", "rate")):
+            value = getattr(self, name)
+            if value is None or (name == "redistribution" and value == "none"):
+                continue
+            try:
+                registry.BY_KIND[kind].entry(value)
+            except UsageError as error:
+                raise UsageError(f"--{name.replace('_', '-')}: {error}") from error
+
+    @property
+    def static(self) -> bool:
+        return bool(METHODS[self.method.split("+")[0]].get("static"))
+
+    def resolve(self, steps_per_epoch: int) -> Config:
+        """All defaults filled in for a run of `epochs` times `steps_per_epoch` steps (Table B.1, scaled)."""
+        total = self.epochs * steps_per_epoch
+        preset = METHODS[self.method.split("+")[0]]
+        adam = self.optimizer != "sgd"
+        drops = [] if adam else [self.epochs * drop / east.REFERENCE_EPOCHS for drop in (75, 150)]
+        values = dict(
+            density=0.001, growth="random", death="magnitude", redistribution="none", death_rate=0.5, sparse_init="ERK",
+            weight_init="default", prune_scope="local", lr=0.001 if adam else 0.1, lr_drops=drops,
+        )  # fmt: skip
+        if "update" in preset:
+            values["update_frequency"] = scaled_steps(preset["update"], total)
+        filled = {name: value for name, value in values.items() if getattr(self, name) is None}
+        config = dataclasses.replace(self, **filled)
+        first_drop = config.lr_drops[0] if config.lr_drops else None
+        return dataclasses.replace(config, east=config.east.resolve(self.epochs, steps_per_epoch, first_drop))
+
+    def as_dict(self) -> dict[str, Any]:
+        """Flag names to values: what `parse` reads back from YAML. Methods are recorded with all they stand for."""
+        values = {name: value for name, value in vars(self).items() if name != "east" and value is not None}
+        values |= {f"east_{name}": value for name, value in vars(self.east).items()
+                   if getattr(self.east, name.split("_")[0])}
+        return {name.replace("_", "-"): value for name, value in values.items()}
+
+
+def split_method(name: str, dctps: bool = False) -> dict[str, Any]:
+    """The options that a method name such as `rigl+connected` stands for; raises `UnknownNameError`.
+
+    On DCTpS layers `east` leaves weight sharing out, as the paper does (Section 4).
+    """
+    base, *tricks = name.split("+")
+    if base not in METHODS:
+        raise UnknownNameError("--method", base, METHODS)
+    values = {key: value for key, value in METHODS[base].items() if key not in ("update", "static", "tricks")}
+    for trick in (*METHODS[base].get("tricks", ()), *tricks):
+        if trick not in TRICKS:
+            raise UnknownNameError(f"trick in --method {name}", trick, TRICKS)
+        values |= TRICKS[trick]
+    if (dctps or "dctps" in tricks) and "share" not in tricks:
+        values.pop("east_share", None)
+    return values
+
+
+def add_flags(parser: flags.Parser) -> None:
+    """Add all flags of a run, `--config` and the `--east-*` flags among them."""
+    parser.add_argument("--config", metavar="FILE", help="YAML file with flags as keys; flags given here go before it")
+    flags.add_flags(parser.add_argument_group("run"), Config)
+    east.add_flags(parser)
+
+
+def from_flags(given: Mapping[str, Any]) -> Config:
+    """The run that parsed flags describe: method preset, then `--config`, then the flags themselves.
+
+    Raises `UsageError` for whatever cannot be: an unreadable file, a misspelt key, a value out of range.
+    """
+    given = dict(given)
+    if path := given.pop("config", None):
+        given = {**_read(path), **given}
+    values = {**split_method(given.get("method", Config.method), given.get("dctps", False)), **given}
+    names = {field.name for field in dataclasses.fields(Config)}
+    options = {name: values[name] for name in names - {"east"} if name in values}
+    return Config(**options, east=east.from_flags(values))
+
+
+def _read(path: str) -> dict[str, Any]:
+    """What a `--config` file says, as parsed flags."""
+    parser = flags.Parser(add_help=False)
+    add_flags(parser)
+    content = flags.read_yaml(path, "--config")
+    content.pop("versions", None)
+    arguments = flags.as_arguments(content, parser, str(path))
+    try:
+        return {name: value for name, value in vars(parser.parse_args(arguments)).items() if name != "config"}
+    except UsageError as error:
+        raise UsageError(f"--config {path}: {error}") from error

@@ -1,0 +1,1 @@
+"""How masks begin: how many weights each layer gets, and where they lie."""

@@ -1,0 +1,486 @@
+"""Our host: owns the masks of a model, keeps them through optimizer steps and updates their topology."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from . import registry, topology
+from .errors import UsageError
+from .init.connected import reconnect
+from .init.layerwise import budgets, random_mask
+from .init.weights import sparse_fan_in
+from .layer import Layer
+from .ops import distributed
+from .ops.maskable import maskable, theoretical_size
+from .ops.optimizer_state import momentum_factor, state_names, state_tensors
+from .rules import legacy
+from .schedules.density import Constant, check_density
+
+logger = logging.getLogger(__name__)
+
+#: Under this density a step gathers the active gradients instead of reading the whole mask.
+_GATHER_BELOW = 0.1
+
+
+class Masking:
+    """Sparse training host with ITOP's call surface (DESIGN: exact counts, any device, any registered rule).
+
+        mask = Masking(optimizer, death_rate=0.5, death_mode="magnitude", growth_mode="gradient",
+                       redistribution_mode="none", death_rate_decay=CosineDecay(0.5, steps), update_frequency=100)
+        mask.add_module(model, density=0.001, sparse_init="ERK")
+        ...
+        loss.backward()
+        mask.step()                 # in place of optimizer.step()
+
+    Between updates inactive weights and their optimizer state are exactly zero: gradients are masked before the
+    optimizer runs, and every supported optimizer leaves a zero with zero gradient at zero. A topology update
+    drops and grows weights so that the number of active ones is exactly what the density schedule says.
+
+    Args:
+        optimizer: SGD, Adam or AdamW over the model's parameters; others raise `UsageError`.
+        death_rate: share of the active weights replaced in one update, where `death_rate_decay` is None.
+        death_rate_decay: callable `rate(step)`, or an object with `step()` and `get_dr()` as ITOP's.
+        death_mode, growth_mode, redistribution_mode: names in the registries, `module:function`, or callables.
+        threshold: option of the prune rule `threshold`.
+        args: namespace with ITOP's `fix` and `update_frequency`, where a script passes one.
+        update_frequency: steps between updates where neither `args` nor `schedule` says so; None is static.
+        schedule: density schedule; by default the density given to `add_module`, constant.
+        prune_scope: "local" (every layer drops its own share) or "global" (least important over all layers).
+        keep_connected: keep grown and kept weights on input-to-output paths (needs `input_shape`).
+        seed: seed of all random choices; by default torch's initial seed, without drawing from it.
+        plugins: callables run with the host at the end of every step, for example phased activations.
+    """
+
+    def __init__(
+        self,
+        optimizer: torch.optim.Optimizer,
+        death_rate: float = 0.3,
+        growth_death_ratio: float = 1.0,
+        death_rate_decay: Any = None,
+        death_mode: str | Callable = "magnitude",
+        growth_mode: str | Callable = "momentum",
+        redistribution_mode: str | Callable = "none",
+        threshold: float = 0.001,
+        args: Any = None,
+        *,
+        update_frequency: int | None = 100,
+        schedule: Any = None,
+        prune_scope: str = "local",
+        keep_connected: bool = False,
+        seed: int | None = None,
+        plugins: Sequence[Callable[[Masking], None]] = (),
+    ):
+        if growth_death_ratio != 1.0:
+            raise UsageError(f"growth_death_ratio must be 1 (counts are exact), got {growth_death_ratio}")
+        if prune_scope not in ("local", "global"):
+            raise UsageError(f"--prune-scope must be local or global, got {prune_scope!r}")
+        if not 0 <= death_rate <= 1:
+            raise UsageError(f"--death-rate must be in [0, 1], got {death_rate}")
+        state_names(optimizer)  # raises for an optimizer whose state is unknown
+        self.optimizer = optimizer
+        self.death_rate = death_rate
+        self.death_rate_decay = death_rate_decay
+        self.schedule = schedule
+        self.keep_connected = keep_connected
+        self.threshold = threshold
+        self.args = args
+        self.plugins = list(plugins)
+        self.steps = 0
+        self.prune_every_k_steps = getattr(args, "update_frequency", update_frequency)
+        if getattr(args, "fix", False):
+            self.prune_every_k_steps = None
+
+        self._needs: set[str] = set()
+        self.growth_mode, grow = self._rule("growth", growth_mode)
+        self.death_mode, prune = self._rule("pruning", death_mode)
+        self.redistribution_mode, redistribute = "none", None
+        if redistribution_mode != "none":
+            self.redistribution_mode, redistribute = self._rule("redistribution", redistribution_mode)
+        self._rules = topology.Rules(grow, prune, redistribute, prune_scope)
+
+        seed = torch.initial_seed() if seed is None else seed
+        self.generator = torch.Generator().manual_seed(distributed.from_rank_0(seed) % 2**63)
+        self.masks: dict[str, Tensor] = {}
+        self.fired_masks: dict[str, Tensor] = {}
+        self.weights: dict[str, nn.Parameter] = {}
+        self.name2nonzeros: dict[str, int] = {}
+        self.num_remove: dict[str, int] = {}
+        self.modules: list[nn.Module] = []
+        self.input_shape: tuple[int, ...] | None = None
+        self._momentum: dict[str, Tensor] = {}
+        self._coordinates: dict[str, tuple[int, tuple[Tensor, ...]]] = {}
+        self._masked_grads: dict[str, tuple[Tensor, int]] = {}
+
+    # ------------------------------------------------------------------ building
+
+    def add_module(
+        self,
+        module: nn.Module,
+        density: float = 0.05,
+        sparse_init: str = "ERK",
+        *,
+        input_shape: Sequence[int] | None = None,
+        weight_init: str = "default",
+    ) -> None:
+        """Mask all conv and linear weights of `module` at `density` of its theoretical (unshared) size.
+
+        Args:
+            density: active share of the unshared network's maskable weights, in (0, 1].
+            sparse_init: allocation: ERK, ER, uniform, EPL, EPF, connected, ..., a registered name.
+            input_shape: (channels, height, width) of one input, for `connected` and `keep_connected`.
+            weight_init: `default` keeps the values, `sparse-fan-in` redraws them for the active fan-in.
+
+        Raises `UsageError` for a second module (wrap both in one `nn.ModuleDict`), a density out of range, or one
+        too small to give every layer a weight.
+        """
+        check_density(density)
+        if self.modules:
+            raise UsageError("add_module takes one module; wrap several in an nn.ModuleDict")
+        if weight_init not in ("default", "sparse-fan-in"):
+            raise UsageError(f"--weight-init must be default or sparse-fan-in, got {weight_init!r}")
+        model = unwrap(module)
+        weights = maskable(model)
+        if not weights:
+            raise UsageError("the model has no conv or linear weights to mask")
+        if self.keep_connected and input_shape is None:
+            raise UsageError("keep_connected needs add_module(..., input_shape=(channels, height, width))")
+        self.schedule = self.schedule or Constant(density, self.prune_every_k_steps)
+        if not math.isclose(self.schedule.target, density):
+            raise UsageError(f"--density {density:g} differs from the schedule's target {self.schedule.target:g}")
+        self.density, self.sparse_init = density, sparse_init
+        self.input_shape = None if input_shape is None else tuple(input_shape)
+        self.weights, self.modules = weights, [module]
+        self.theoretical_size = theoretical_size(model)
+        masks = distributed.from_rank_0(self._draw(model))
+        self._set_masks({name: mask.to(weights[name].device) for name, mask in masks.items()})
+        if weight_init == "sparse-fan-in":
+            sparse_fan_in(weights, self.masks, self.generator)
+        self.apply_mask()
+        logger.info("%s of %s weights active (density %g)", self.nonzeros, self.theoretical_size, density)
+
+    @property
+    def names(self) -> list[str]:
+        return list(self.masks)
+
+    @property
+    def name2zeros(self) -> dict[str, int]:
+        return {name: mask.numel() - self.name2nonzeros[name] for name, mask in self.masks.items()}
+
+    @property
+    def nonzeros(self) -> int:
+        """Number of active weights, from the host's own books: no device synchronisation."""
+        return sum(self.name2nonzeros.values())
+
+    def target_nonzeros(self, step: int) -> int:
+        """Active weights that the schedule asks for at `step`: exactly `density(step) / target` times the count
+        at the target, within what the (possibly shared) tensors can hold and one weight a layer."""
+        final = round(self.density * self.theoretical_size)
+        wanted = round(final * (self.schedule.density(step) / self.schedule.target))
+        return min(wanted, sum(weight.numel() for weight in self.weights.values()))
+
+    def remove_weight(self, name: str) -> None:
+        """Stop masking the weight called `name` or `name.weight`; it trains densely from here on."""
+        name = name if name in self.masks else f"{name}.weight"
+        if name not in self.masks:
+            raise UsageError(f"remove_weight: {name!r} is not masked; known: {', '.join(self.masks)}")
+        for table in (self.masks, self.fired_masks, self.weights, self.name2nonzeros, self._momentum):
+            table.pop(name, None)
+        self.theoretical_size = sum(weight.numel() for weight in self.weights.values())
+
+    def remove_weight_partial_name(self, partial_name: str) -> None:
+        """Stop masking every weight whose name contains `partial_name`."""
+        for name in [name for name in self.masks if partial_name in name]:
+            self.remove_weight(name)
+
+    def remove_type(self, nn_type: type[nn.Module]) -> None:
+        """Stop masking the weights of every module of class `nn_type`."""
+        for name, module in unwrap(self.modules[0]).named_modules():
+            if isinstance(module, nn_type) and f"{name}.weight" in self.masks:
+                self.remove_weight(name)
+
+    # ------------------------------------------------------------------ stepping
+
+    def step(self, closure: Callable | None = None, *, scaler: Any = None):
+        """One optimizer step on the active weights, and the topology update where the schedule has one.
+
+        `closure` is handed to the optimizer; `scaler` is a `torch.amp.GradScaler` (call its `update()` yourself,
+        as ever). Returns what the optimizer's step returns.
+        """
+        if scaler is not None:
+            scaler.unscale_(self.optimizer)
+        due = self.schedule.due(self.steps + 1)
+        dense: dict[str, Tensor] = {}
+
+        def mask_gradients():
+            self._track_momentum()
+            if due and "grad" in self._needs:
+                dense.update({n: w.grad.clone() for n, w in self.weights.items() if w.grad is not None})
+            self._mask_gradients()
+
+        if closure is None:
+            mask_gradients()
+            result = self.optimizer.step() if scaler is None else scaler.step(self.optimizer)
+        else:
+
+            def masked_closure():
+                loss = closure()
+                mask_gradients()
+                return loss
+
+            result = self.optimizer.step(masked_closure)
+        self.steps += 1
+        self._decay_rate()
+        if due:
+            for name, grad in dense.items():
+                self.weights[name].grad = grad
+            self.truncate_weights()
+            self.print_nonzero_counts()
+            self._mask_gradients()
+        for plugin in self.plugins:
+            plugin(self)
+        return result
+
+    @torch.no_grad()
+    def apply_mask(self) -> None:
+        """Set inactive weights and their optimizer state to zero; needed only after somebody else changed them."""
+        for name, weight in self.weights.items():
+            mask = self._mask(name)
+            for tensor in (weight, *state_tensors(self.optimizer, weight)):
+                tensor.masked_fill_(~mask, 0)
+
+    @torch.no_grad()
+    def truncate_weights(self) -> None:
+        """One topology update at the current step: prune, redistribute, grow; counts are exact afterwards.
+
+        Gradient rules need the dense gradient: call it after `backward()`, or leave it to `step()`. Raises
+        `UsageError` where the gradients were masked by a step already.
+        """
+        self._check_dense_gradients()
+        layers = [self._layer(name) for name in self.masks]
+        before = [layer.mask.clone() for layer in layers]
+        budgets = self._budgets(self.target_nonzeros(self.steps))
+        counts = topology.update(
+            layers,
+            self._rules,
+            list(self.name2nonzeros.values()),
+            [budgets[name] for name in self.masks],
+            self.death_rate,
+            self.generator,
+        )
+        if self.keep_connected:
+            self._reconnect(layers, before)
+        for layer, old, count in zip(layers, before, counts, strict=True):
+            self.name2nonzeros[layer.name] = count
+            self.fired_masks[layer.name] |= layer.mask
+            gone = (old & ~layer.mask).nonzero(as_tuple=True)
+            self.num_remove[layer.name] = len(gone[0])
+            for tensor in (layer.weight, *state_tensors(self.optimizer, self.weights[layer.name])):
+                tensor[gone] = 0
+
+    def fired_masks_update(self) -> tuple[dict[str, float], float]:
+        """Share of weights active at least once so far: per layer, and over all (the ITOP rate)."""
+        fired = {}
+        for name, mask in self.fired_masks.items():
+            mask |= self._mask(name)
+            fired[name] = int(mask.sum())
+        shares = {name: count / self.masks[name].numel() for name, count in fired.items()}
+        return shares, sum(fired.values()) / sum(mask.numel() for mask in self.masks.values())
+
+    def print_nonzero_counts(self) -> None:
+        """Log every layer's active weights (level INFO of this module's logger)."""
+        for name, count in self.name2nonzeros.items():
+            logger.info("%s: %d active, density %.6f", name, count, count / self.masks[name].numel())
+
+    # ------------------------------------------------------------------ state
+
+    def state_dict(self) -> dict[str, Any]:
+        """Masks, fired weights, step, random state and running averages: all that a resumed run needs."""
+        return {
+            "masks": dict(self.masks),
+            "fired_masks": dict(self.fired_masks),
+            "momentum": dict(self._momentum),
+            "steps": self.steps,
+            "death_rate": self.death_rate,
+            "generator": self.generator.get_state(),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restore what `state_dict` gave, in place; inactive weights are zeroed.
+
+        Raises `UsageError` where the state's layers are not this model's.
+        """
+        masks = state["masks"]
+        if wrong := set(masks) ^ set(self.masks) or {
+            n for n in masks if masks[n].shape != self.masks[n].shape
+        }:
+            raise UsageError(f"the saved masks do not fit the model; layers that differ: {', '.join(sorted(wrong))}")
+        self._set_masks(masks)
+        for name, fired in state["fired_masks"].items():
+            self.fired_masks[name].copy_(fired)
+        self._momentum = {n: m.to(self.weights[n].device, copy=True) for n, m in state["momentum"].items()}
+        self.steps, self.death_rate = state["steps"], state["death_rate"]
+        self.generator.set_state(state["generator"].cpu())
+        self.apply_mask()
+
+    # ------------------------------------------------------------------ for rules of the old signature
+
+    def get_momentum_for_weight(self, weight: Tensor) -> Tensor:
+        return self._momentum[self._name_of(weight)]
+
+    def get_gradient_for_weights(self, weight: Tensor) -> Tensor:
+        return self._layer(self._name_of(weight)).grad.clone()
+
+    @property
+    def prune_rate(self) -> float:
+        return self.death_rate
+
+    @property
+    def name2prune_rate(self) -> dict[str, float]:
+        return dict.fromkeys(self.masks, self.death_rate)
+
+    def _name_of(self, weight: Tensor) -> str:
+        return next(name for name, ours in self.weights.items() if ours is weight)
+
+    # ------------------------------------------------------------------ inside
+
+    def _rule(self, kind: str, spec: str | Callable) -> tuple[str, Callable[[Layer, int], Tensor]]:
+        """Name of a rule, and the rule as a function of layer and count; notes what it needs."""
+        if isinstance(spec, str):
+            entry = registry.BY_KIND[kind].entry(spec)
+            name, function, meta = entry.name, entry.object, entry.meta
+        else:
+            name, function, meta = getattr(spec, "__name__", str(spec)), spec, {}
+        if legacy.is_legacy(kind, function):
+            self._needs |= {"grad", "momentum"}
+            return name, legacy.adapt(kind, function, self)
+        self._needs |= set(meta.get("needs", ()))
+        options = {option: getattr(self, option) for option in meta.get("options", ())}
+        return name, lambda layer, count: function(layer, **options)
+
+    def _draw(self, model: nn.Module) -> dict[str, Tensor]:
+        """Masks at step 0 under the allocation."""
+        counts = self._budgets(self.target_nonzeros(0))
+        entry = registry.allocation.entry(self.sparse_init)
+        if not entry.meta.get("draws"):
+            return {n: random_mask(w.shape, counts[n], self.generator) for n, w in self.weights.items()}
+        if self.input_shape is None:
+            raise UsageError(
+                f"--sparse-init {self.sparse_init} needs add_module(..., input_shape=(channels, height, width))"
+            )
+        return entry.object(model, counts, self.input_shape, self.generator)
+
+    def _set_masks(self, masks: dict[str, Tensor]) -> None:
+        for name, mask in masks.items():
+            if name in self.masks:
+                self.masks[name].copy_(mask)
+            else:
+                self.masks[name] = mask.bool()
+                self.fired_masks[name] = self.masks[name].clone()
+            self.name2nonzeros[name] = int(mask.sum())
+
+    def _mask(self, name: str) -> Tensor:
+        """The mask, on the device that the weight is on by now."""
+        weight = self.weights[name]
+        if self.masks[name].device != weight.device:
+            self.masks[name] = self.masks[name].to(weight.device)
+            self.fired_masks[name] = self.fired_masks[name].to(weight.device)
+        return self.masks[name]
+
+    def _active(self, name: str) -> tuple[Tensor, ...]:
+        """Coordinates of the active weights, found anew whenever the mask was written to."""
+        mask = self._mask(name)
+        version, coordinates = self._coordinates.get(name, (None, ()))
+        if version != mask._version:
+            coordinates = mask.nonzero(as_tuple=True)
+            self._coordinates[name] = (mask._version, coordinates)
+        return coordinates
+
+    @torch.no_grad()
+    def _mask_gradients(self) -> None:
+        for name, weight in self.weights.items():
+            grad, mask = weight.grad, self._mask(name)
+            if grad is None or self.name2nonzeros[name] == mask.numel():
+                continue
+            if self.name2nonzeros[name] < _GATHER_BELOW * mask.numel():
+                active = self._active(name)
+                kept = grad[active]
+                grad.zero_()[active] = kept
+            else:
+                grad.masked_fill_(~mask, 0)
+            self._masked_grads[name] = (grad, grad._version)
+
+    def _check_dense_gradients(self) -> None:
+        if "grad" not in self._needs:
+            return
+        for name, weight in self.weights.items():
+            grad, version = self._masked_grads.get(name, (None, None))
+            if grad is not None and weight.grad is grad and grad._version == version:
+                raise UsageError(
+                    f"truncate_weights: the gradient of {name} was masked by step() already; "
+                    "call it after backward() and before step(), or use update_frequency"
+                )
+
+    @torch.no_grad()
+    def _track_momentum(self) -> None:
+        if "momentum" not in self._needs:
+            return
+        factor = momentum_factor(self.optimizer)
+        for name, weight in self.weights.items():
+            if weight.grad is None:
+                continue
+            if name not in self._momentum:
+                self._momentum[name] = torch.zeros_like(weight)
+            self._momentum[name].mul_(factor).add_(weight.grad)
+
+    def _decay_rate(self) -> None:
+        decay = self.death_rate_decay
+        if hasattr(decay, "get_dr"):
+            decay.step()
+            self.death_rate = decay.get_dr()
+        elif decay is not None:
+            self.death_rate = decay(self.steps)
+
+    def _layer(self, name: str) -> Layer:
+        weight = self.weights[name]
+        grad, momentum = weight.grad, self._momentum.get(name)
+        return Layer(
+            name=name,
+            weight=weight.detach(),
+            mask=self._mask(name),
+            fired=self.fired_masks[name],
+            generator=self.generator,
+            dense_grad=None if grad is None or "grad" not in self._needs else distributed.mean(grad),
+            dense_momentum=None if momentum is None else distributed.mean(momentum),
+        )
+
+    def _budgets(self, total: int) -> dict[str, int]:
+        """The allocation's active weights of every layer for `total` over all."""
+        base = registry.allocation.entry(self.sparse_init).meta.get("budgets", self.sparse_init)
+        return budgets(base, {name: weight.shape for name, weight in self.weights.items()}, total)
+
+    def _reconnect(self, layers: list[Layer], before: list[Tensor]) -> None:
+        """Bring what an update left off path back onto paths, by importance and by growth score."""
+        scores = {
+            layer.name: torch.where(layer.mask | old, self._rules.prune(layer, 0), self._rules.grow(layer, 0))
+            for layer, old in zip(layers, before, strict=True)
+        }
+        old = {layer.name: mask for layer, mask in zip(layers, before, strict=True)}
+        reconnect(unwrap(self.modules[0]), self.masks, old, scores, self.input_shape, self.generator)
+
+
+def unwrap(module: nn.Module) -> nn.Module:
+    """The model inside DistributedDataParallel, DataParallel or torch.compile's wrapper."""
+    while (inner := getattr(module, "_orig_mod", None) or _data_parallel_inner(module)) is not None:
+        module = inner
+    return module
+
+
+def _data_parallel_inner(module: nn.Module) -> nn.Module | None:
+    wrappers = (nn.DataParallel, nn.parallel.DistributedDataParallel)
+    return module.module if isinstance(module, wrappers) else None

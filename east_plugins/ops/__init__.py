@@ -1,0 +1,1 @@
+"""Building blocks of the hosts: exact selection, integer budgets, maskable weights, optimizer state."""

@@ -1,0 +1,40 @@
+"""Which weights of a model are maskable: those of convolutions and linear layers, and nothing else."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from torch import nn
+from torch.nn.modules.conv import _ConvNd
+
+
+def layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Name and module of every convolution and linear layer in the order of `named_modules`, a module once.
+
+    A module with the class attribute `east_plugin = True` and all inside it are a plugin's own and left out.
+    """
+
+    def walk(prefix: str, module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+        if module in seen or getattr(module, "east_plugin", False):
+            return
+        seen.add(module)
+        if isinstance(module, (_ConvNd, nn.Linear)):
+            yield prefix, module
+        for name, child in module.named_children():
+            yield from walk(f"{prefix}.{name}" if prefix else name, child)
+
+    seen: set[nn.Module] = set()
+    yield from walk("", model)
+
+
+def maskable(model: nn.Module) -> dict[str, nn.Parameter]:
+    """Maskable weights by parameter name; a tied weight once, under the first of its names."""
+    found: dict[int, tuple[str, nn.Parameter]] = {}
+    for name, module in layers(model):
+        found.setdefault(id(module.weight), (f"{name}.weight" if name else "weight", module.weight))
+    return dict(found.values())
+
+
+def theoretical_size(model: nn.Module) -> int:
+    """Number of maskable weights of the unshared network: every layer's weight counts, tied or not (EAST, 3.2)."""
+    return sum(module.weight.numel() for _, module in layers(model))

@@ -1,0 +1,157 @@
+"""Which weights lie on a path from the network's input to its output, found with its linearised twin.
+
+The twin is the model's own forward pass with norms, activations, dropout and softmax as identities, max-pooling as
+average pooling, biases left out and weights replaced by their masks. On an input of ones, the gradient of its output
+with respect to a mask entry is positive exactly where the entry's input is reached from the network's input and its
+output is read by the network's output. Values and gradients are cut to 0 and 1 at every layer, so that no depth and
+no number of paths over- or underflows them. Tied weights stay tied.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Mapping, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_leaves
+
+from .maskable import theoretical_size
+
+#: Operations by name, without leading and trailing underscores.
+IDENTITIES = frozenset(
+    ["relu", "relu6", "leaky_relu", "prelu", "rrelu", "elu", "celu", "selu", "gelu", "silu", "mish", "sigmoid", "hardsigmoid", "logsigmoid", "tanh", "hardtanh", "tanhshrink", "hardshrink", "softshrink", "softplus", "softsign", "hardswish", "threshold", "clamp", "clip", "batch_norm", "layer_norm", "rms_norm", "group_norm", "instance_norm", "local_response_norm", "normalize", "dropout", "dropout1d", "dropout2d", "dropout3d", "alpha_dropout", "feature_dropout", "feature_alpha_dropout", "softmax", "log_softmax", "softmin"]
+)
+LAYERS = frozenset(["linear", "conv1d", "conv2d", "conv3d", "conv_transpose1d", "conv_transpose2d", "conv_transpose3d"])
+
+
+def path_positions(
+    model: nn.Module, masks: Mapping[str, Tensor], input_shape: Sequence[int]
+) -> dict[str, Tensor]:
+    """For every mask the positions, active or not, at which an active weight is or would be on a path.
+
+    Boolean tensors of the masks' shapes, on their devices. Parameters without a mask count as connections, and so
+    does the fixed matrix of a DCT layer. `input_shape` leaves out the batch. The model is left as it was.
+    """
+    if not masks:
+        return {}
+    device = next(model.parameters()).device
+    leaves = {name: mask.to(device, torch.float32).requires_grad_() for name, mask in masks.items()}
+    x = torch.ones(1, *input_shape, device=device)
+    with torch.enable_grad():
+        total = sum(output.sum() for output in run_with(model, leaves, x, _Twin()))
+        flows = torch.autograd.grad(total, list(leaves.values()), allow_unused=True, materialize_grads=True)
+    return {name: (flow > 0).to(masks[name].device) for name, flow in zip(leaves, flows, strict=True)}
+
+
+def on_path(model: nn.Module, masks: Mapping[str, Tensor], input_shape: Sequence[int]) -> dict[str, Tensor]:
+    """The active weights that lie on a path, as boolean tensors; otherwise as `path_positions`."""
+    positions = path_positions(model, masks, input_shape)
+    return {name: positions[name] & mask for name, mask in masks.items()}
+
+
+def effective_density(model: nn.Module, masks: Mapping[str, Tensor], input_shape: Sequence[int]) -> float:
+    """Active weights on a path / maskable weights of the unshared network, in [0, 1]: the density that counts
+    (one minus the effective sparsity of Vysogorets and Kempe 2023)."""
+    return sum(int(mask.sum()) for mask in on_path(model, masks, input_shape).values()) / theoretical_size(model)
+
+
+def run_with(
+    model: nn.Module, weights: Mapping[str, Tensor], x: Tensor, mode: TorchFunctionMode
+) -> list[Tensor]:
+    """The model's outputs for `x` under `mode`, in evaluation, with `weights` by name in place of its own.
+
+    All other parameters are ones (scales pass everything on), activations that are being phased out are ReLUs.
+    The model and the global random state are left as they were.
+    """
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    replaced = {id(parameters[name]) for name in weights}
+    ones = {
+        name: torch.ones((), device=x.device).expand(parameter.shape)
+        for name, parameter in model.named_parameters()
+        if id(parameter) not in replaced and parameter.is_floating_point()
+    }
+    with _plain_evaluation(model), torch.random.fork_rng([]), mode:
+        outputs = torch.func.functional_call(model, ones | dict(weights), (x,))
+    return [output for output in tree_leaves(outputs) if isinstance(output, Tensor)]
+
+
+@contextlib.contextmanager
+def _plain_evaluation(model: nn.Module) -> Iterator[None]:
+    modules = list(model.modules())
+    training = [module.training for module in modules]
+    phased = [(m, m.phase) for m in modules if getattr(m, "east_plugin", False) and hasattr(m, "phase")]
+    try:
+        model.eval()
+        for module, _ in phased:
+            module.phase = "off"
+        yield
+    finally:
+        for module, mode in zip(modules, training, strict=True):
+            module.training = mode
+        for module, phase in phased:
+            module.phase = phase
+
+
+class _Cut(torch.autograd.Function):
+    """1 where the value is over `floor` in size, else 0; the gradient likewise with `gradient_floor`.
+
+    Sums of products of zeros and ones are whole numbers: with a floor of 1/2 they survive the rounding of any
+    convolution algorithm. Where other operations come in between, the floor is 0.
+    """
+
+    @staticmethod
+    def forward(ctx, x, floor, gradient_floor):
+        ctx.floor = gradient_floor
+        return (x.abs() > floor).to(x.dtype)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return (gradient.abs() > ctx.floor).to(gradient.dtype), None, None
+
+
+class _Twin(TorchFunctionMode):
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        name = getattr(func, "__name__", "").strip("_")
+        if name in LAYERS:
+            return _layer(func, *args, **kwargs)
+        if name in IDENTITIES:
+            return identity(func, *args, **kwargs)
+        if name in _POOLS:
+            return _POOLS[name](*args, **kwargs)
+        return func(*args, **kwargs)
+
+
+def identity(func, input, *args, inplace=False, **kwargs):
+    """`input` itself where `func` works in place, else a copy."""
+    return input if inplace or func.__name__.endswith("_") else input.clone()
+
+
+def _layer(func, input, weight, bias=None, *args, **kwargs):
+    output = func(_Cut.apply(input, 0, 0.5), _Cut.apply(weight, 0, 0.5), None, *args, **kwargs)
+    return _Cut.apply(output, 0.5, 0)
+
+
+def _average(pool):
+    def averaged(input, kernel_size, stride=None, padding=0, dilation=1, ceil_mode=False, return_indices=False):
+        return pool(input, kernel_size, stride or kernel_size, padding, ceil_mode)
+
+    return averaged
+
+
+def _adaptive_average(pool):
+    return lambda input, output_size, return_indices=False: pool(input, output_size)
+
+
+_POOLS = {
+    "max_pool1d": _average(F.avg_pool1d),
+    "max_pool2d": _average(F.avg_pool2d),
+    "max_pool3d": _average(F.avg_pool3d),
+    "adaptive_max_pool1d": _adaptive_average(F.adaptive_avg_pool1d),
+    "adaptive_max_pool2d": _adaptive_average(F.adaptive_avg_pool2d),
+    "adaptive_max_pool3d": _adaptive_average(F.adaptive_avg_pool3d),
+    "amax": torch.mean,
+}

@@ -1,0 +1,116 @@
+"""Plugins by name: built in, as `module:attribute`, or through an installed package's entry points."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from importlib.metadata import entry_points
+from typing import Any
+
+from .errors import DuplicateNameError, UnknownNameError, UsageError
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One registered plugin. `meta` holds what its registration declared, e.g. `needs=("grad",)`."""
+
+    name: str
+    object: Any
+    help: str
+    source: str
+    meta: dict[str, Any] = field(default_factory=dict)
+
+
+class Registry:
+    """Names of one kind of plugin.
+
+    A look-up searches the built-in names, then entry points of group `east_plugins.<kind>`, then reads
+    `module:attribute`. Built-in modules are imported at the first look-up, so that registering needs no import
+    in the other direction. Names are compared without regard to case and with `-` equal to `_`.
+    """
+
+    def __init__(self, kind: str, builtin: Iterable[str]):
+        self.kind = kind
+        self._builtin = tuple(builtin)
+        self._entries: dict[str, Entry] = {}
+        self._loaded = False
+
+    def register(self, name: str, *, help: str | None = None, source: str | None = None, **meta) -> Callable:
+        """Decorator that registers an object under `name`; `help` defaults to its docstring's first line.
+
+        Raises `DuplicateNameError` where the name is taken.
+        """
+
+        def add(obj):
+            key = _key(name)
+            if key in self._entries:
+                raise DuplicateNameError(f"{self.kind} {name!r} is registered already by {self._entries[key].source}")
+            self._entries[key] = _entry(name, obj, help, source, meta)
+            return obj
+
+        return add
+
+    def entry(self, name: str) -> Entry:
+        """The plugin called `name`; raises `UnknownNameError` with the nearest names, or `UsageError` where a
+        `module:attribute` cannot be imported."""
+        self._load()
+        if found := self._entries.get(_key(name)):
+            return found
+        if ":" in name:
+            return self._import(name)
+        raise UnknownNameError(self.kind, name, self.names())
+
+    def get(self, name: str) -> Any:
+        """The registered object called `name`; raises as `entry`."""
+        return self.entry(name).object
+
+    def names(self) -> list[str]:
+        return [entry.name for entry in self.entries()]
+
+    def entries(self) -> list[Entry]:
+        """All plugins, sorted by name."""
+        self._load()
+        return sorted(self._entries.values(), key=lambda entry: entry.name.lower())
+
+    def _load(self):
+        if self._loaded:
+            return
+        for module in self._builtin:
+            importlib.import_module(module)
+        for point in entry_points(group=f"east_plugins.{self.kind}"):
+            self.register(point.name, source=f"entry point {point.value}")(point.load())
+        self._loaded = True
+
+    def _import(self, spec: str) -> Entry:
+        module, _, attribute = spec.partition(":")
+        try:
+            obj = getattr(importlib.import_module(module), attribute)
+        except (ImportError, AttributeError) as error:
+            raise UsageError(f"{self.kind} {spec!r} cannot be imported: {error}") from error
+        declared = getattr(obj, "east_meta", {})
+        return _entry(spec, obj, None, spec, declared)
+
+
+def _key(name: str) -> str:
+    return name.lower().replace("-", "_")
+
+
+def _entry(name: str, obj: Any, help: str | None, source: str | None, meta: dict) -> Entry:
+    first_line = (inspect.getdoc(obj) or "").strip().split("\n", 1)[0]
+    module = getattr(obj, "__module__", "?")
+    return Entry(name, obj, first_line if help is None else help, source or f"{module}", meta)
+
+
+growth = Registry("growth", ["east_plugins.rules.growth"])
+pruning = Registry("pruning", ["east_plugins.rules.pruning"])
+redistribution = Registry("redistribution", ["east_plugins.rules.redistribution"])
+allocation = Registry("allocation", ["east_plugins.init.layerwise", "east_plugins.init.connected"])
+density = Registry("density", ["east_plugins.schedules.density"])
+rate = Registry("rate", ["east_plugins.schedules.rate"])
+activation = Registry("activation", ["east_plugins.activations.dyrelu", "east_plugins.activations.plain"])
+transform = Registry("transform", ["east_plugins.sharing"])
+
+ALL = (growth, pruning, redistribution, allocation, density, rate, activation, transform)
+BY_KIND = {registry.kind: registry for registry in ALL}

@@ -1,0 +1,1 @@
+"""Growth, prune and redistribution rules: functions that score; the host selects the exact number."""

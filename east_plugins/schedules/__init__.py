@@ -1,0 +1,1 @@
+"""Pure functions of the step: prune rate and global density."""

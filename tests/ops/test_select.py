@@ -1,0 +1,72 @@
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from east_plugins.ops.select import choose, lowest_k, random_k, top_k
+
+
+def generator(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+@given(st.integers(1, 6000), st.data())
+def test_top_k_takes_exactly_k_of_the_highest_eligible(n, data):
+    draw = torch.Generator().manual_seed(data.draw(st.integers(0, 1000)))
+    levels = data.draw(st.integers(1, 50))  # few levels: many ties
+    scores = torch.randint(levels, (n,), generator=draw).float()
+    eligible = torch.rand(n, generator=draw) < data.draw(st.floats(0.01, 1))
+    k = data.draw(st.integers(0, int(eligible.sum())))
+    chosen = top_k(scores, k, eligible, generator())
+    assert len(chosen) == k == len(chosen.unique())
+    assert eligible[chosen].all()
+    left = eligible.clone()
+    left[chosen] = False
+    if 0 < k and left.any():
+        assert scores[chosen].min() >= scores[left].max()
+
+
+@given(st.integers(1, 300), st.data())
+def test_lowest_k_takes_the_lowest(n, data):
+    scores = torch.randn(n, generator=generator(data.draw(st.integers(0, 99))))
+    k = data.draw(st.integers(0, n))
+    chosen = lowest_k(scores, k, torch.ones(n, dtype=torch.bool), generator())
+    assert sorted(chosen.tolist()) == sorted(scores.argsort()[:k].tolist())
+
+
+def test_ties_are_broken_at_random_and_repeatably():
+    scores, everywhere = torch.zeros(10_000), torch.ones(10_000, dtype=torch.bool)
+    first, again, other = (top_k(scores, 50, everywhere, generator(seed)) for seed in (1, 1, 2))
+    assert first.tolist() == again.tolist() != other.tolist()
+    assert first.max() > 5000  # not the first positions
+
+
+def test_nan_scores_are_the_last_to_be_chosen():
+    scores = torch.tensor([torch.nan, 1.0, torch.nan, 2.0])
+    chosen = top_k(scores, 3, torch.ones(4, dtype=torch.bool), generator())
+    assert {1, 3} < set(chosen.tolist())
+
+
+def test_an_expanded_constant_needs_no_dense_tensor():
+    scores = torch.zeros(()).expand(3, 5)
+    assert len(top_k(scores, 7, torch.ones(3, 5, dtype=torch.bool), generator()).unique()) == 7
+
+
+@pytest.mark.parametrize("share", [0.001, 0.5, 1.0])
+def test_random_k_is_uniform(share):
+    eligible = torch.rand(1000, generator=generator(3)) < share
+    eligible[5] = True
+    draw, hits = generator(), torch.zeros(1000)
+    k = max(1, int(eligible.sum()) // 100)
+    for _ in range(2000):
+        hits[random_k(k, eligible, draw)] += 1
+    expected = 2000 * k / int(eligible.sum())
+    assert (hits[~eligible] == 0).all()
+    assert ((hits[eligible] - expected).abs() < 6 * expected**0.5).all()
+
+
+@given(st.integers(0, 500), st.data())
+def test_choose_gives_distinct_integers(n, data):
+    k = data.draw(st.integers(0, n))
+    drawn = choose(n, k, generator())
+    assert len(drawn.unique()) == k and (k == 0 or 0 <= drawn.min() <= drawn.max() < n)

@@ -1,0 +1,63 @@
+import csv
+
+import pytest
+
+from east_plugins.__main__ import main
+from east_plugins.compare import Job, collect, markdown
+
+TINY = "--data digits --limit 120 --model cnn --width 4 --batch-size 60 --epochs 2".split()
+
+
+def compare(out, *flags):
+    return main(["compare", "--out", str(out), *TINY, *flags])
+
+
+@pytest.mark.parametrize("jobs", ["1", "2"])
+def test_table_plot_and_resuming(jobs, tmp_path, capsys):
+    flags = "--methods dense,set,rigl+dyrelu --sparsities 0.8,0.95 --seeds 0,1 --jobs".split()
+    assert compare(tmp_path, *flags, jobs) == 0
+    first = capsys.readouterr()
+    table = (tmp_path / "table.md").read_text()
+    assert table in first.out and str(tmp_path / "accuracy.png") in first.out
+    assert [line.split("|")[1].strip() for line in table.splitlines()[2:]] == ["dense", "set", "rigl+dyrelu"]
+    with open(tmp_path / "table.csv") as file:
+        rows = list(csv.DictReader(file))
+    assert len(rows) == 5 and all(row["seeds"] == "2" for row in rows)
+    assert (tmp_path / "accuracy.png").read_bytes()[:4] == b"\x89PNG"
+    stamps = {path: path.stat().st_mtime_ns for path in tmp_path.glob("*/summary.json")}
+    assert len(stamps) == 10
+    assert compare(tmp_path, *flags, jobs) == 0
+    assert {path: path.stat().st_mtime_ns for path in stamps} == stamps
+    assert (tmp_path / "table.md").read_text() == table
+
+
+@pytest.mark.parametrize(
+    "flags, words",
+    [
+        ("--methods set,rigel", "did you mean rigl"),
+        ("--sparsities 1", "--sparsities"),
+        ("--sparsities some", "--sparsities must be numbers"),
+        ("--seeds 1.5", "--seeds must be numbers"),
+        ("--jobs 0", "--jobs"),
+        ("--density 0.1", "--density cannot be given"),
+    ],
+)
+def test_wrong_input_starts_nothing(flags, words, tmp_path, capsys):
+    assert compare(tmp_path / "c", *flags.split()) == 2
+    assert words in capsys.readouterr().err
+    assert not (tmp_path / "c").exists()
+
+
+def test_a_refusal_of_one_run_comes_before_all_runs(tmp_path, capsys):
+    assert compare(tmp_path / "c", "--methods", "set,rigl+share", "--sparsities", "0.9") == 2
+    assert "--east-share" in capsys.readouterr().err
+
+
+def test_cells_are_mean_and_deviation_over_seeds(tmp_path):
+    def summary(accuracy):
+        return {"test_accuracy": accuracy, "effective_density": 0.0005, "density": 0.001}
+
+    jobs = [Job("rigl", 0.999, seed, None, tmp_path) for seed in (0, 1, 2)]
+    rows = collect([(job, summary(accuracy)) for job, accuracy in zip(jobs, (0.5, 0.6, 0.7), strict=True)])
+    assert rows[0].mean == pytest.approx(0.6) and rows[0].spread == pytest.approx(0.1)
+    assert "| rigl | 60.0 +- 10.0 (50%) |" in markdown(rows)

@@ -1,0 +1,142 @@
+import dataclasses
+
+import pytest
+import yaml
+
+from east_plugins import config, flags
+from east_plugins.config import METHODS, TRICKS, Config
+from east_plugins.errors import UsageError
+
+
+def parse(line):
+    parser = flags.Parser()
+    config.add_flags(parser)
+    return config.from_flags(vars(parser.parse_args(line.split())))
+
+
+def test_paper_numbers_come_out_for_the_papers_run():
+    # Table B.1: 250 epochs, drops at 75 and 150, two cycles of 50 epochs, peak 10, every 350 and 4000 steps
+    east = parse("--method east --epochs 250 --density 0.0005").resolve(391)
+    assert (east.lr, east.lr_drops, east.momentum, east.weight_decay, east.death_rate) == (0.1, [75, 150], 0.9, 1e-4, 0.5)
+    assert (east.update_frequency, east.sparse_init, east.growth, east.death) == (4000, "ERK", "gradient", "magnitude")
+    tricks = east.east
+    assert (tricks.cyclic_cycles, tricks.cyclic_length, tricks.cyclic_multiplier) == (2, 50, 10)
+    assert (tricks.cyclic_update_frequency, tricks.cyclic_pattern) == (350, "triangular")
+    assert tricks.dyrelu and tricks.dyrelu_end == 74 and tricks.share and tricks.share_from == 2
+    assert parse("--method set --epochs 250").resolve(391).update_frequency == 1500
+
+
+@pytest.mark.parametrize("method", ["set", "rigl", "east"])
+@pytest.mark.parametrize("epochs, steps", [(1, 10), (3, 21), (25, 21), (20, 352)])
+def test_short_runs_still_update(method, epochs, steps):
+    options = parse(f"--method {method} --epochs {epochs} --density 0.01").resolve(steps)
+    assert 1 <= options.update_frequency <= max(1, epochs * steps / 10)
+    if method == "east":
+        schedule = options.east.density_schedule(0.01, steps, options.update_frequency, epochs * steps)
+        assert sum(schedule.due(step) for step in range(epochs * steps)) >= 4
+        assert schedule.close < 0.45 * epochs * steps + 4
+
+
+def test_values_given_by_hand_stand_as_given():
+    options = parse("--method rigl --epochs 2 --update-frequency 4000 --lr 0.3 --death-rate 0.1 --growth random").resolve(5)
+    assert (options.update_frequency, options.lr, options.death_rate, options.growth) == (4000, 0.3, 0.1, "random")
+
+
+@pytest.mark.parametrize("trick", TRICKS)
+def test_tricks_add_up(trick):
+    options = parse(f"--method rigl+{trick}")
+    assert options.growth == "gradient"
+    on = {"cyclic": options.east.cyclic, "dyrelu": options.east.dyrelu, "share": options.east.share,
+          "connected": options.sparse_init == "connected", "dctps": options.dctps}
+    assert on == {name: name == trick for name in TRICKS}
+
+
+def test_east_leaves_sharing_out_on_dctps_layers():
+    for line in ("--method east --dctps", "--method east+dctps"):
+        options = parse(line)
+        assert options.dctps and options.east.cyclic and options.east.dyrelu and not options.east.share
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_resolved_options_come_back_from_yaml(method, tmp_path):
+    options = parse(f"--method {method} --epochs 25").resolve(21)
+    (tmp_path / "c.yaml").write_text(yaml.safe_dump(options.as_dict()))
+    again = parse(f"--config {tmp_path / 'c.yaml'}")
+    assert again.resolve(21) == options
+
+
+def test_flags_go_before_the_file(tmp_path):
+    (tmp_path / "c.yaml").write_text("method: set\nepochs: 7\nlr-drops: [1, 2.5]\neast-dyrelu: true\n")
+    options = parse(f"--config {tmp_path / 'c.yaml'} --epochs 9")
+    assert (options.method, options.epochs, options.lr_drops, options.east.dyrelu) == ("set", 9, [1, 2.5], True)
+
+
+def test_itop_spellings_are_taken():
+    options = parse("--update_frequency 7 --sparse_init uniform --death-rate 0.3 --l2 0.5 --batch_size 9")
+    assert (options.update_frequency, options.sparse_init, options.weight_decay, options.batch_size) == (7, "uniform", 0.5, 9)
+
+
+@pytest.mark.parametrize(
+    "text, words",
+    [
+        ("epochz: 3", "did you mean epochs"),
+        ("epochs: many", "--epochs: invalid int"),
+        ("- 1\n- 2", "must hold keys and values"),
+        ("a: [", "cannot be read as YAML"),
+    ],
+)
+def test_wrong_files_are_named(text, words, tmp_path):
+    (tmp_path / "c.yaml").write_text(text)
+    with pytest.raises(UsageError, match=words) as error:
+        parse(f"--config {tmp_path / 'c.yaml'}")
+    assert "c.yaml" in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "line, words",
+    [
+        ("--density 0", r"--density must be in \(0, 1\]"),
+        ("--density 1.5", "--density"),
+        ("--density nan", "--density"),
+        ("--epochs 0", "--epochs must be at least 1"),
+        ("--epochs x", "--epochs: invalid int"),
+        ("--lr -1", "--lr"),
+        ("--method rigel", "did you mean rigl"),
+        ("--method rigl+dyrulu", "did you mean dyrelu"),
+        ("--growth gradeint", "did you mean gradient"),
+        ("--death magnitud", "did you mean magnitude"),
+        ("--sparse-init ERQ", "did you mean"),
+        ("--decay-schedule cosin", "did you mean cosine"),
+        ("--method set --east-cyclic-length 3", "--east-cyclic-length needs --east-cyclic"),
+        ("--method set --east-dyrelu-end 3", "--east-dyrelu-end needs --east-dyrelu"),
+        ("--method set --east-share-from 3", "--east-share-from needs --east-share"),
+        ("--east-dyrelu-start 9 --east-dyrelu-end 3", "--east-dyrelu-end 3 lies before"),
+        ("--east-cyclic-pattern saw", "--east-cyclic-pattern"),
+        ("--east-share-from 0", "--east-share-from must be at least 1"),
+        ("--east-config nowhere.yaml", "--east-config nowhere.yaml cannot be read"),
+        ("--config nowhere.yaml", "--config nowhere.yaml cannot be read"),
+        ("--optimizer lamb", "--optimizer: invalid choice"),
+    ],
+)
+def test_wrong_flags_are_named(line, words):
+    with pytest.raises(UsageError, match=words) as error:
+        parse(line)
+    assert "\n" not in str(error.value)
+
+
+def test_east_config_file(tmp_path):
+    (tmp_path / "e.yaml").write_text("cyclic: true\ncyclic-cycles: 3\neast-dyrelu: true\n")
+    east = parse(f"--method rigl --east-config {tmp_path / 'e.yaml'} --east-cyclic-multiplier 4").east
+    assert (east.cyclic, east.cyclic_cycles, east.cyclic_multiplier, east.dyrelu, east.share) == (True, 3, 4, True, False)
+    (tmp_path / "e.yaml").write_text("cyclik: true\n")
+    with pytest.raises(UsageError, match="did you mean cyclic"):
+        parse(f"--east-config {tmp_path / 'e.yaml'}")
+
+
+def test_every_option_has_a_flag_and_help():
+    parser = flags.Parser()
+    config.add_flags(parser)
+    text = parser.format_help()
+    for field in dataclasses.fields(Config):
+        if field.name != "east":
+            assert "--" + field.name.replace("_", "-") in text

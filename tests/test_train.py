@@ -1,0 +1,200 @@
+"""The trainer through its command line: what a run leaves, resuming, interrupting, refusals."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+import yaml
+
+from east_plugins import runs
+from east_plugins.__main__ import main
+from east_plugins.errors import UsageError
+
+TINY = "--data digits --limit 160 --model resnet20 --width 4 --batch-size 32 --density 0.05 --threads 1 --quiet".split()
+KEYS = {
+    "method", "model", "data", "input_shape", "density", "nonzeros", "maskable", "parameters", "test_accuracy",
+    "best_validation_accuracy", "itop_rate", "steps", "epochs", "seconds", "weights_sha256", "effective_density",
+}  # fmt: skip
+
+
+def train(out, *flags, tiny=TINY):
+    return main(["train", *tiny, "--out", str(out), *flags])
+
+
+@pytest.fixture(scope="module")
+def east_run(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("runs") / "east"
+    assert train(folder, "--epochs", "6") == 0
+    return folder
+
+
+def test_a_run_directory_holds_what_it_should(east_run):
+    summary = runs.read_summary(east_run)
+    assert KEYS <= set(summary)
+    assert summary["nonzeros"] == round(0.05 * summary["maskable"]) and summary["density"] == pytest.approx(0.05, 1e-3)
+    lines = runs.read_metrics(east_run)
+    assert [line["epoch"] for line in lines] == [1, 2, 3, 4, 5, 6]
+    assert {"loss", "density", "beta", "effective_density", "itop_rate"} <= set(lines[0])
+    assert lines[0]["beta"] > 0 == lines[-1]["beta"]
+    assert max(line["nonzeros"] for line in lines) > 3 * summary["nonzeros"] == 3 * lines[-1]["nonzeros"]
+    config = yaml.safe_load((east_run / "config.yaml").read_text())
+    assert config["seed"] == 0 and config["versions"]["torch"] and config["update-frequency"] >= 1
+    assert config["east-cyclic-update-frequency"] >= 1
+    assert list(east_run.glob("events.out.tfevents*"))
+    assert not list(east_run.glob(".*")), "no temporary files are left"
+
+
+def test_the_trained_network_is_plain_and_sparse(east_run):
+    run = runs.load_run(east_run)
+    assert not any("east_activations" in name for name in run.model.state_dict())
+    weights = dict(run.model.named_parameters())
+    assert sum(int(mask.sum()) for mask in run.masks.values()) == run.summary["nonzeros"]
+    for name, mask in run.masks.items():
+        assert (weights[name][~mask] == 0).all()
+
+
+def test_the_best_network_has_the_target_density_and_no_phase(east_run):
+    # the best checkpoint of the published scripts may come from the dense part of a cycle
+    summary, lines = runs.read_summary(east_run), runs.read_metrics(east_run)
+    good = [ln for ln in lines if ln["nonzeros"] == summary["nonzeros"] and ln["beta"] == 0]
+    assert summary["best_epoch"] in {line["epoch"] for line in good}
+    assert summary["best_validation_accuracy"] == max(line["validation_accuracy"] for line in good)
+
+
+def test_the_same_config_gives_the_same_weights(east_run, tmp_path):
+    assert main(["train", "--config", str(east_run / "config.yaml"), "--out", str(tmp_path / "again"), "--quiet"]) == 0
+    assert runs.read_summary(tmp_path / "again")["weights_sha256"] == runs.read_summary(east_run)["weights_sha256"]
+    ours, theirs = (yaml.safe_load((folder / "config.yaml").read_text()) for folder in (east_run, tmp_path / "again"))
+    assert ours == theirs
+
+
+def test_an_interrupted_run_saves_and_goes_on_bit_for_bit(east_run, tmp_path):
+    out = tmp_path / "cut"
+    command = [sys.executable, "-m", "east_plugins", "train", *TINY, "--epochs", "6", "--out", str(out)]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    while not (out / "metrics.jsonl").exists():
+        time.sleep(0.05)
+        assert process.poll() is None, process.stderr.read()
+    time.sleep(0.2)
+    process.send_signal(signal.SIGINT)
+    _, said = process.communicate(timeout=60)
+    if process.returncode != 0:  # it was not done already
+        assert process.returncode == 130 and "--resume" in said and "Traceback" not in said
+        assert not (out / "summary.json").exists()
+        with pytest.raises(UsageError, match="unfinished"):
+            runs.load_run(out)
+    assert train(out, "--epochs", "6", "--resume") == 0
+    assert runs.read_summary(out)["weights_sha256"] == runs.read_summary(east_run)["weights_sha256"]
+    assert [line["epoch"] for line in runs.read_metrics(out)] == [1, 2, 3, 4, 5, 6]
+
+
+def test_resuming_a_finished_run_only_reads_it(east_run):
+    before = (east_run / "summary.json").stat().st_mtime_ns
+    assert train(east_run, "--epochs", "6", "--resume") == 0
+    assert (east_run / "summary.json").stat().st_mtime_ns == before
+
+
+@pytest.mark.parametrize("method", ["dense", "static", "set", "rigl", "snfs", "gmp", "granet", "rigl+share", "set+cyclic"])
+def test_every_method_ends_at_its_density(method, tmp_path):
+    tiny = [flag for flag in TINY if flag not in ("--density", "0.05")] if method == "dense" else TINY
+    assert train(tmp_path / "r", "--method", method, "--epochs", "3", tiny=tiny) == 0
+    summary = runs.read_summary(tmp_path / "r")
+    wanted = 1.0 if method == "dense" else 0.05
+    assert summary["nonzeros"] == round(wanted * summary["maskable"])
+    if method in ("dense", "static"):
+        assert summary["itop_rate"] == pytest.approx(wanted, abs=1e-3)
+    else:
+        assert summary["itop_rate"] > wanted + 0.01
+
+
+@pytest.mark.parametrize("flags", ["--optimizer adam --amp", "--optimizer adamw --channels-last --east-dyrelu-type mish"])
+def test_other_optimizers_precision_and_layout(flags, tmp_path):
+    assert train(tmp_path / "r", *flags.split(), "--epochs", "2", "--lr-drops", "1.5") == 0
+
+
+@pytest.mark.parametrize(
+    "flags, words",
+    [
+        ("--density 1.5", "--density"),
+        ("--growth gradeint", "--growth: unknown growth 'gradeint'; did you mean gradient"),
+        ("--method rigl --east-cyclic --east-cyclic-length 9", "--east-cyclic-length"),
+        ("--method rigl --east-cyclic --east-cyclic-multiplier 30", "--east-cyclic-multiplier"),
+        ("--method rigl --east-dyrelu --east-dyrelu-end 9", "--east-dyrelu-end 9"),
+        ("--method rigl --east-share --model cnn", "--east-share"),
+        ("--method rigl --east-cyclic-cycles 2", "needs --east-cyclic"),
+        ("--data folder --data-dir /nowhere", "--data-dir /nowhere"),
+        ("--data cifar10", "--data-dir"),
+        ("--data digitz", "did you mean digits"),
+        ("--model resnet35", "did you mean resnet"),
+        ("--device cuda:99", "--device cuda:99"),
+        ("--epoch 3", "--epoch"),
+        ("--density 0.0001", "--density gives"),
+        ("--dctps --method rigl --east-share", "prevent conflicts with the DCT"),
+    ],
+)
+def test_wrong_input_is_one_line_exit_2_and_leaves_nothing(flags, words, tmp_path, capsys):
+    assert train(tmp_path / "r", "--epochs", "4", *flags.split()) == 2
+    out, err = capsys.readouterr()
+    assert out == "" and err.count("\n") == 1 and words in err and "Traceback" not in err
+    assert not (tmp_path / "r").exists()
+
+
+def test_a_folder_with_a_run_in_it_is_not_overwritten(east_run, capsys):
+    assert train(east_run, "--epochs", "6") == 2
+    assert "--resume" in capsys.readouterr().err
+    assert train(east_run, "--epochs", "7", "--resume") == 2
+    assert "another run" in capsys.readouterr().err
+
+
+def test_damaged_runs_are_refused_in_one_line(east_run, tmp_path):
+    for damage in ("config.yaml", "summary.json", "checkpoint.pt"):
+        folder = tmp_path / damage
+        folder.mkdir()
+        for name in ("config.yaml", "summary.json", "checkpoint.pt"):
+            content = (east_run / name).read_bytes()
+            (folder / name).write_bytes(content[: len(content) // 2] if name == damage else content)
+        if damage == "config.yaml":
+            (folder / damage).write_text("method: [")
+        with pytest.raises(UsageError) as error:
+            runs.load_run(folder)
+        assert "\n" not in str(error.value)
+    with pytest.raises(UsageError, match="no run directory"):
+        runs.load_run(tmp_path)
+
+
+def test_checkpoints_hold_plain_values_only(east_run):
+    state = torch.load(east_run / "checkpoint.pt", weights_only=True)
+    assert {"model", "optimizer", "scheduler", "host", "best", "epoch", "rng"} <= set(state)
+
+
+def test_commands_and_help(capsys):
+    assert main([]) == 2 and main(["--help"]) == 0 and main(["trian"]) == 2
+    assert "did you mean train" in capsys.readouterr().err
+    for command in ("train", "compare", "info", "bench step"):
+        with pytest.raises(SystemExit) as stop:
+            main([*command.split(), "--help"])
+        assert stop.value.code == 0
+    assert main(["plugins"]) == 0
+    assert "momentum_neuron" in capsys.readouterr().out
+
+
+def test_info_prints_one_object(capsys):
+    assert main("info --model resnet34 --classes 100 --density 0.0005 --east-share --east-dyrelu --json".split()) == 0
+    report = json.loads(capsys.readouterr().out)
+    keys = {"parameters", "parameter_mib", "stored_mib", "maskable", "nonzeros", "dense_macs", "sparse_macs", "layers"}
+    assert keys <= set(report)
+    assert f"{report['parameter_mib']:.2f}" == "54.96"
+    assert report["nonzeros"] == round(0.0005 * report["maskable"]) >= report["effective_density"] * report["maskable"]
+
+
+def test_bench_reports_ratios(capsys):
+    for what, ratio in (("step", "host_over_optimizer"), ("update", "update_over_optimizer")):
+        assert main(["bench", what, "--model", "cnn", "--density", "0.05", "--repeats", "2", "--json"]) == 0
+        report = json.loads(capsys.readouterr().out)
+        assert report["ratios"][ratio] > 0 and report["threads"] >= 1
+        assert {"name", "median_ms", "min_ms", "max_ms"} == set(report["rows"][0])
