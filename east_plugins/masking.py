@@ -17,15 +17,13 @@ from .init.layerwise import budgets, random_mask
 from .init.weights import sparse_fan_in
 from .layer import Layer
 from .ops import distributed
-from .ops.maskable import maskable, theoretical_size
+from .ops.gradients import GradientMask
+from .ops.maskable import maskable, theoretical_size, unwrap
 from .ops.optimizer_state import momentum_factor, state_names, state_tensors
 from .rules import legacy
 from .schedules.density import Constant, check_density
 
 logger = logging.getLogger(__name__)
-
-#: Under this density a step gathers the active gradients instead of reading the whole mask.
-_GATHER_BELOW = 0.1
 
 
 class Masking:
@@ -114,8 +112,7 @@ class Masking:
         self.modules: list[nn.Module] = []
         self.input_shape: tuple[int, ...] | None = None
         self._momentum: dict[str, Tensor] = {}
-        self._coordinates: dict[str, tuple[int, tuple[Tensor, ...]]] = {}
-        self._masked_grads: dict[str, tuple[Tensor, int]] = {}
+        self._gradients = GradientMask()
 
     # ------------------------------------------------------------------ building
 
@@ -392,35 +389,14 @@ class Masking:
             self.fired_masks[name] = self.fired_masks[name].to(weight.device)
         return self.masks[name]
 
-    def _active(self, name: str) -> tuple[Tensor, ...]:
-        """Coordinates of the active weights, found anew whenever the mask was written to."""
-        mask = self._mask(name)
-        version, coordinates = self._coordinates.get(name, (None, ()))
-        if version != mask._version:
-            coordinates = mask.nonzero(as_tuple=True)
-            self._coordinates[name] = (mask._version, coordinates)
-        return coordinates
-
-    @torch.no_grad()
     def _mask_gradients(self) -> None:
         for name, weight in self.weights.items():
-            grad, mask = weight.grad, self._mask(name)
-            if grad is None or self.name2nonzeros[name] == mask.numel():
-                continue
-            if self.name2nonzeros[name] < _GATHER_BELOW * mask.numel():
-                active = self._active(name)
-                kept = grad[active]
-                grad.zero_()[active] = kept
-            else:
-                grad.masked_fill_(~mask, 0)
-            self._masked_grads[name] = (grad, grad._version)
+            if weight.grad is not None:
+                self._gradients.apply(name, weight.grad, self._mask(name), self.name2nonzeros[name])
 
     def _check_dense_gradients(self) -> None:
-        if "grad" not in self._needs:
-            return
         for name, weight in self.weights.items():
-            grad, version = self._masked_grads.get(name, (None, None))
-            if grad is not None and weight.grad is grad and grad._version == version:
+            if "grad" in self._needs and self._gradients.has_masked(name, weight.grad):
                 raise UsageError(
                     f"truncate_weights: the gradient of {name} was masked by step() already; "
                     "call it after backward() and before step(), or use update_frequency"
@@ -472,15 +448,3 @@ class Masking:
         }
         old = {layer.name: mask for layer, mask in zip(layers, before, strict=True)}
         reconnect(unwrap(self.modules[0]), self.masks, old, scores, self.input_shape, self.generator)
-
-
-def unwrap(module: nn.Module) -> nn.Module:
-    """The model inside DistributedDataParallel, DataParallel or torch.compile's wrapper."""
-    while (inner := getattr(module, "_orig_mod", None) or _data_parallel_inner(module)) is not None:
-        module = inner
-    return module
-
-
-def _data_parallel_inner(module: nn.Module) -> nn.Module | None:
-    wrappers = (nn.DataParallel, nn.parallel.DistributedDataParallel)
-    return module.module if isinstance(module, wrappers) else None

@@ -38,3 +38,15 @@ def maskable(model: nn.Module) -> dict[str, nn.Parameter]:
 def theoretical_size(model: nn.Module) -> int:
     """Number of maskable weights of the unshared network: every layer's weight counts, tied or not (EAST, 3.2)."""
     return sum(module.weight.numel() for _, module in layers(model))
+
+
+def unwrap(module: nn.Module) -> nn.Module:
+    """The model inside DistributedDataParallel, DataParallel or torch.compile's wrapper."""
+    while (inner := getattr(module, "_orig_mod", None) or _data_parallel_inner(module)) is not None:
+        module = inner
+    return module
+
+
+def _data_parallel_inner(module: nn.Module) -> nn.Module | None:
+    wrappers = (nn.DataParallel, nn.parallel.DistributedDataParallel)
+    return module.module if isinstance(module, wrappers) else None
