@@ -33,7 +33,7 @@ compare)
     install train
     exec "$venv/bin/python" -m east_plugins compare --config configs/digits.yaml \
         --methods static,set,rigl,east,rigl+connected,east+connected \
-        --sparsities 0.999,0.9997 --seeds 0,1 --jobs "$((cores < 24 ? cores : 24))" --threads 1 --out runs/digits
+        --sparsities 0.999,0.9995 --seeds 0,1 --jobs "$((cores < 24 ? cores : 24))" --threads 1 --out runs/digits
     ;;
 test)
     install train,test

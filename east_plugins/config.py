@@ -76,6 +76,10 @@ class Config:
     density_schedule: str | None = option(None, "density over time without cycles", choices=DENSITY_SCHEDULES)
     initial_density: float | None = option(None, "density that gradual and one-shot begin at", type=float)
     dctps: bool = option(False, "DCTpS layers: a fixed DCT matrix plus the sparse weights")
+    dctps_engine: str = option(
+        "dense", "how DCTpS layers are computed; auto measures, dense repeats bit for bit",
+        choices=["auto", "dense", "fft", "separable"],
+    )  # fmt: skip
     transform: str | None = option(None, "model transform of your own, module:function", metavar="NAME")
 
     epochs: int = option(250, "passes over the training images", type=int)

@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .datasets import SOURCES, Labelled, open_image, stratified
+from .datasets import SOURCES, Labelled, Source, open_image, stratified
 from .errors import UnknownNameError, UsageError
 from .vision import import_torchvision
 
@@ -203,7 +203,7 @@ def load(
     if len(kept[1]) < 2:
         raise UsageError(f"--data {name}: {len(kept[1])} images are left for training, needed are at least 2")
     if isinstance(train[0], Tensor):
-        return Data(name, num_classes, *_in_memory(kept, held_out, test, source.flip))
+        return Data(name, num_classes, *_in_memory(kept, held_out, test, source))
     return Data(name, num_classes, *_on_disk(kept, held_out, test, image_size or 224))
 
 
@@ -236,10 +236,11 @@ def _some(part: Labelled, limit: int) -> Labelled:
     return _take(part, order[:limit].sort().values)
 
 
-def _in_memory(train: Labelled, validation: Labelled, test: Labelled, flip: bool) -> list[Images]:
+def _in_memory(train: Labelled, validation: Labelled, test: Labelled, source: Source) -> list[Images]:
     mean, std = _statistics(train[0])
     plain = [Images(labels, mean, std, images) for images, labels in (train, validation, test)]
-    augmented = dataclasses.replace(plain[0], padding=plain[0].shape[-1] // 8, flip=flip)
+    padding = plain[0].shape[-1] // 8 if source.crop else 0
+    augmented = dataclasses.replace(plain[0], padding=padding, flip=source.flip)
     return [augmented, *plain[1:]]
 
 

@@ -234,12 +234,13 @@ def _require(root: Path, part: Path) -> Path:
 
 class Source(NamedTuple):
     """`read(folder, image size)`; what the folder must hold; whether a mirrored image means the same; the
-    torchvision class that can download it."""
+    torchvision class that can download it; whether a shifted image is still whole (digits fill theirs)."""
 
     read: Callable[[Path | None, int | None], Splits]
     needs: str
     flip: bool
     torchvision: str = ""
+    crop: bool = True
 
 
 _cifar10 = partial(
@@ -248,7 +249,7 @@ _cifar10 = partial(
 _cifar100 = partial(_cifar, "cifar-100-python", "fine_labels", ["train"], ["test"])
 
 SOURCES = {
-    "digits": Source(_digits, "", False),
+    "digits": Source(_digits, "", False, crop=False),
     "mnist": Source(partial(_mnist, "MNIST"), "MNIST/raw/train-images-idx3-ubyte ...", False, "MNIST"),
     "fashionmnist": Source(
         partial(_mnist, "FashionMNIST"), "FashionMNIST/raw/train-images-idx3-ubyte ...", True, "FashionMNIST"

@@ -110,7 +110,7 @@ allocation = Registry("allocation", ["east_plugins.init.layerwise", "east_plugin
 density = Registry("density", ["east_plugins.schedules.density"])
 rate = Registry("rate", ["east_plugins.schedules.rate"])
 activation = Registry("activation", ["east_plugins.activations.dyrelu", "east_plugins.activations.plain"])
-transform = Registry("transform", ["east_plugins.sharing"])
+transform = Registry("transform", ["east_plugins.sharing", "east_plugins.dct"])
 
 ALL = (growth, pruning, redistribution, allocation, density, rate, activation, transform)
 BY_KIND = {registry.kind: registry for registry in ALL}

@@ -98,13 +98,15 @@ def build_model(options: Config, num_classes: int, input_shape: tuple[int, int, 
             "--dctps --east-share: weight sharing is left out with DCTpS, to prevent conflicts with the DCT matrices "
             "(EAST paper, Section 4)"
         )
+    if options.dctps and options.weight_init not in (None, "default"):
+        raise UsageError(f"--dctps --weight-init {options.weight_init}: sparse weights of DCTpS layers start at zero")
     torch.manual_seed(options.seed)
     channels, _, size = input_shape
     model = models.build(options.model, num_classes, channels, size, options.width)
     if options.transform:
         model = registry.transform.get(options.transform)(model) or model
     if options.dctps:
-        registry.transform.get("dctps")(model)
+        registry.transform.get("dctps")(model, engine=options.dctps_engine)
     if options.east.share:
         registry.transform.get("share")(model, options.east.share_from)
     return model

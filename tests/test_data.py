@@ -139,7 +139,7 @@ def test_digits():
     assert digits.num_classes == 10
     assert len(digits.train) + len(digits.validation) + len(digits.test) == 1797
     assert abs(len(digits.validation) / (len(digits.train) + len(digits.validation)) - 0.1) < 0.01
-    assert not digits.train.flip
+    assert not digits.train.flip and digits.train.padding == 0
     other = data.load("digits", seed=1, validation=0.2, image_size=8)
     assert other.input_shape == (1, 8, 8)
     assert torch.equal(other.test.labels, digits.test.labels)  # the test set depends on no option

@@ -99,7 +99,9 @@ def test_resuming_a_finished_run_only_reads_it(east_run):
     assert (east_run / "summary.json").stat().st_mtime_ns == before
 
 
-@pytest.mark.parametrize("method", ["dense", "static", "set", "rigl", "snfs", "gmp", "granet", "rigl+share", "set+cyclic"])
+@pytest.mark.parametrize(
+    "method", ["dense", "static", "set", "rigl", "snfs", "gmp", "granet", "rigl+share", "set+cyclic"]
+)
 def test_every_method_ends_at_its_density(method, tmp_path):
     tiny = [flag for flag in TINY if flag not in ("--density", "0.05")] if method == "dense" else TINY
     assert train(tmp_path / "r", "--method", method, "--epochs", "3", tiny=tiny) == 0
@@ -112,7 +114,9 @@ def test_every_method_ends_at_its_density(method, tmp_path):
         assert summary["itop_rate"] > wanted + 0.01
 
 
-@pytest.mark.parametrize("flags", ["--optimizer adam --amp", "--optimizer adamw --channels-last --east-dyrelu-type mish"])
+@pytest.mark.parametrize(
+    "flags", ["--optimizer adam --amp", "--optimizer adamw --channels-last --east-dyrelu-type mish"]
+)
 def test_other_optimizers_precision_and_layout(flags, tmp_path):
     assert train(tmp_path / "r", *flags.split(), "--epochs", "2", "--lr-drops", "1.5") == 0
 

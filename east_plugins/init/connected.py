@@ -86,7 +86,8 @@ def reconnect(
         scores: importance where a weight is or was active, the growth rule's score elsewhere; any scale.
         generator: CPU generator that breaks ties and chooses new channels.
     """
-    stray = settle(model, masks, scores, input_shape, generator)
+    kept = {name: masks[name] & before[name] for name in masks}
+    stray = settle(model, masks, scores, input_shape, generator, kept)
     if not stray:
         return
     wiring, possible = _structure(model, masks, input_shape)
@@ -117,27 +118,33 @@ def settle(
     scores: Mapping[str, Tensor],
     input_shape: Sequence[int],
     generator: torch.Generator,
+    kept: Mapping[str, Tensor] | None = None,
 ) -> set[str]:
     """Move active weights off path, lowest score first, to the inactive positions on path with the highest score,
     in place and within each layer, as far as there are any. Returns the layers that keep weights off path.
 
-    No move cuts a path, so that one round does it unless moved weights open further positions.
+    Only positions connected by weights that stay are moved to, so that every moved weight lies on a path for good:
+    first by those on path and the `kept` ones, which move last, as the others may connect them; then by those on
+    path alone, anew where moved weights opened further positions.
     """
     while True:
-        moved, stray = False, {}
-        for name, positions in path_positions(model, masks, input_shape).items():
-            mask = masks[name]
-            off, free = mask & ~positions, positions & ~mask
-            count = min(int(off.sum()), int(free.sum()))
-            if count:
+        good = on_path(model, masks, input_shape)
+        off = {name: mask & ~good[name] for name, mask in masks.items()}
+        stray = {name for name in off if off[name].any()}
+        if not stray:
+            return stray
+        stay = good if kept is None else {name: mask & (good[name] | kept[name]) for name, mask in masks.items()}
+        positions, moved = path_positions(model, stay, input_shape), kept is not None
+        kept = None
+        for name in stray:
+            mask, loose, free = masks[name], masks[name] & ~stay[name], positions[name] & ~masks[name]
+            if count := min(int(loose.sum()), int(free.sum())):
                 moved = True
-                mask.view(-1)[lowest_k(scores[name], count, off, generator)] = False
+                mask.view(-1)[lowest_k(scores[name], count, loose, generator)] = False
                 mask.view(-1)[top_k(scores[name], count, free, generator)] = True
-            if left := int(off.sum()) - count:
-                stray[name] = left
         if not moved:
-            logger.info("%d active weights off path", sum(stray.values()))
-            return set(stray)
+            logger.info("active weights off path in %s", ", ".join(stray))
+            return stray
 
 
 def _structure(
@@ -172,21 +179,27 @@ def _choose(
     ranked = {side: torch.tensor(side, dtype=torch.long) for side in near}
     ranked = {side: channels[order[channels].argsort(descending=True)] for side, channels in ranked.items()}
     size = {side: max(1, min(wanted(ranked[side], near[side]), len(side), *near[side])) for side in near}
-    taps = {name: _by_pair(positions).sum(2) for name, positions in possible.items()}
+    taps = {name: _by_pair(positions).sum(2, dtype=torch.int16) for name, positions in possible.items()}
+    tight = list(budgets)
     while True:
         chosen = torch.zeros(wiring.size, dtype=torch.bool)
         chosen[0] = True
         for side, channels in ranked.items():
             chosen[channels[: size[side]]] = True
-        tight = set()
-        for name, wires in wiring.layers.items():
-            if (taps[name] * (chosen[wires.source] & chosen[wires.target])).sum() < budgets[name]:
-                growable = [side for side in sides[name] if size[side] < len(side)]
-                tight.update(sorted(growable, key=lambda side: size[side] / len(side))[:1])
-        if not tight:
+        tight = [n for n in tight if taps[n][_within(wiring.layers[n], chosen, taps[n].shape)].sum() < budgets[n]]
+        growing = set()
+        for name in tight:
+            growable = [side for side in sides[name] if size[side] < len(side)]
+            growing.update(sorted(growable, key=lambda side: size[side] / len(side))[:1])
+        if not growing:
             return chosen
-        for side in tight:
+        for side in growing:
             size[side] += 1 + size[side] // 8
+
+
+def _within(wires: Wires, chosen: Tensor, shape: Sequence[int]) -> Tensor:
+    """Which pairs of channels a layer connects within the chosen ones; `shape` is the weight's."""
+    return (chosen[wires.source] & chosen[wires.target]).expand(shape[:2])
 
 
 def _select(
@@ -199,11 +212,11 @@ def _select(
 ) -> Tensor:
     """Mask of one layer within the chosen channels: first weights that read and write the covered channels, then
     the rest. `rank(positions)` gives the order of preference for the one and for the other, the highest first."""
-    pairs = possible.shape[:2]
-    allowed = (chosen[wires.source] & chosen[wires.target]).unsqueeze(2)
-    positions = (_by_pair(possible) & allowed).flatten().nonzero().flatten()
-    pair = positions // math.prod(possible.shape[2:])
-    source, target = (side.expand(pairs)[pair // pairs[1], pair % pairs[1]] for side in (wires.source, wires.target))
+    allowed = _by_pair(possible) & _within(wires, chosen, possible.shape).unsqueeze(2)
+    positions = allowed.flatten().nonzero().flatten()
+    pair = positions // allowed.shape[2]
+    i, j = pair // allowed.shape[1], pair % allowed.shape[1]
+    source, target = (side.expand(allowed.shape[:2])[i, j] for side in (wires.source, wires.target))
     to_cover, to_fill = rank(positions)
     to_fill[_cover(source, target, covered, to_cover)[:budget]] = torch.inf
     mask = torch.zeros(possible.shape, dtype=torch.bool)
@@ -249,7 +262,7 @@ def _used(wiring: Wiring, active: Mapping[str, Tensor]) -> Tensor:
 def _ranks(tier: Tensor, score: Tensor, generator: torch.Generator) -> Tensor:
     """Rank of every element by tier, then score, equal ones in random order."""
     order = torch.randperm(len(score), generator=generator)
-    for key in (score, tier):
+    for key in (score.nan_to_num(nan=-torch.inf), tier):
         order = order[key[order].argsort(stable=True)]
     return torch.empty(len(score), dtype=torch.float64).scatter_(0, order, torch.arange(len(score)).double())
 

@@ -55,7 +55,8 @@ def budgets(name: str, shapes: Mapping[str, Sequence[int]], total: int) -> dict[
     weights = [allocation.get(name)(tuple(shape)) for shape in shapes.values()]
     sizes = [math.prod(shape) for shape in shapes.values()]
     if not len(shapes) <= total <= sum(sizes):
-        raise UsageError(f"--density gives {total} active weights; allowed are {len(shapes)} (one a layer) to {sum(sizes)}")
+        allowed = f"{len(shapes)} (one a layer) to {sum(sizes)}"
+        raise UsageError(f"--density gives {total} active weights; allowed are {allowed}")
     counts = apportion(weights, total, 1, sizes)
     return dict(zip(shapes, counts, strict=True))
 

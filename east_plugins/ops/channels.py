@@ -18,9 +18,10 @@ from torch.utils._pytree import tree_leaves
 
 from .paths import IDENTITIES, LAYERS, identity, run_with
 
-_JOINS = frozenset(
-    ["add", "iadd", "radd", "sub", "isub", "rsub", "subtract", "mul", "imul", "rmul", "multiply", "div", "truediv", "itruediv", "rtruediv", "divide", "maximum", "minimum"]
-)
+_JOINS = {
+    "add", "iadd", "radd", "sub", "isub", "rsub", "subtract", "mul", "imul", "rmul", "multiply",
+    "div", "truediv", "itruediv", "rtruediv", "divide", "maximum", "minimum",
+}
 
 
 @dataclass(frozen=True)
@@ -138,21 +139,29 @@ class _Trace(TorchFunctionMode):
         source, target = self.layers[layer]
         if transposed:
             self._couple(read, source.flatten())
-            return target[:: max(1, inputs // groups)].flatten()
+            return target[:: inputs // groups].flatten()
         self._couple(read, source[:: outputs // groups].flatten())
         return target.flatten()
 
     def _join(self, operands: list[Tensor], tensors: list[Tensor]) -> Tensor:
+        """Couple channel with channel; one that meets several, such as a gate common to all channels, stays alone."""
         shape = torch.broadcast_shapes(*(tensor.shape for tensor in tensors))
         first, *others = (operand.expand(shape) for operand in operands)
         for other in others:
-            self._couple(_numbers(first), _numbers(other))
+            a, b = self._pairs(_numbers(first), _numbers(other))
+            alone = (a.bincount()[a] == 1) & (b.bincount()[b] == 1)
+            self._couple(a[alone], b[alone])
             first = torch.where(first == 0, other, first)
         return first.clone()
 
     def _couple(self, a: Tensor, b: Tensor) -> None:
+        self.joined.append(self._pairs(a, b))
+
+    @staticmethod
+    def _pairs(a: Tensor, b: Tensor) -> Tensor:
+        """The distinct pairs of different channels; shape [2, pairs]."""
         pairs = (a * 2**31 + b)[(a != b) & (a > 0) & (b > 0)].unique()
-        self.joined.append(torch.stack([pairs // 2**31, pairs % 2**31]))
+        return torch.stack([pairs // 2**31, pairs % 2**31])
 
     def _only_moved(self, operands: list[Tensor], result: Tensor) -> bool:
         """Whether the result holds its operands' numbers and nothing else."""

@@ -21,10 +21,16 @@ from torch.utils._pytree import tree_leaves
 from .maskable import theoretical_size
 
 #: Operations by name, without leading and trailing underscores.
-IDENTITIES = frozenset(
-    ["relu", "relu6", "leaky_relu", "prelu", "rrelu", "elu", "celu", "selu", "gelu", "silu", "mish", "sigmoid", "hardsigmoid", "logsigmoid", "tanh", "hardtanh", "tanhshrink", "hardshrink", "softshrink", "softplus", "softsign", "hardswish", "threshold", "clamp", "clip", "batch_norm", "layer_norm", "rms_norm", "group_norm", "instance_norm", "local_response_norm", "normalize", "dropout", "dropout1d", "dropout2d", "dropout3d", "alpha_dropout", "feature_dropout", "feature_alpha_dropout", "softmax", "log_softmax", "softmin"]
-)
-LAYERS = frozenset(["linear", "conv1d", "conv2d", "conv3d", "conv_transpose1d", "conv_transpose2d", "conv_transpose3d"])
+IDENTITIES = {
+    "relu", "relu6", "leaky_relu", "prelu", "rrelu", "elu", "celu", "selu", "gelu", "silu", "mish", "sigmoid",
+    "hardsigmoid", "logsigmoid", "tanh", "hardtanh", "tanhshrink", "hardshrink", "softshrink", "softplus", "softsign",
+    "hardswish", "threshold", "clamp", "clip", "softmax", "log_softmax", "softmin",
+    "batch_norm", "layer_norm", "rms_norm", "group_norm", "instance_norm", "local_response_norm", "normalize",
+    "dropout", "dropout1d", "dropout2d", "dropout3d", "alpha_dropout", "feature_dropout", "feature_alpha_dropout",
+}
+LAYERS = {
+    "linear", "conv1d", "conv2d", "conv3d", "conv_transpose1d", "conv_transpose2d", "conv_transpose3d",
+}
 
 
 def path_positions(
@@ -105,11 +111,11 @@ class _Cut(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, floor, gradient_floor):
         ctx.floor = gradient_floor
-        return (x.abs() > floor).to(x.dtype)
+        return x.abs().gt_(floor)
 
     @staticmethod
     def backward(ctx, gradient):
-        return (gradient.abs() > ctx.floor).to(gradient.dtype), None, None
+        return gradient.abs().gt_(ctx.floor), None, None
 
 
 class _Twin(TorchFunctionMode):
