@@ -18,6 +18,7 @@ from .schedules.density import check_density
 METHODS: dict[str, dict[str, Any]] = {
     "dense": dict(density=1.0, static=True),
     "static": dict(static=True),
+    "synflow": dict(static=True, sparse_init="synflow"),
     "set": dict(growth="random", death="magnitude", update=1500),
     "rigl": dict(growth="gradient", death="magnitude", update=4000),
     "snfs": dict(growth="momentum", death="magnitude", redistribution="momentum", update=391),
@@ -67,7 +68,7 @@ class Config:
     update_frequency: int | None = option(
         None, "steps between topology updates (default: SET 1500, RigL and EAST 4000 of 250 epochs' steps)", type=int
     )
-    sparse_init: str | None = option(None, "allocation: ERK, ER, uniform, EPL, EPF, connected (default: ERK)")
+    sparse_init: str | None = option(None, "allocation: ERK, ER, uniform, EPL, EPF, connected, synflow (default: ERK)")
     weight_init: str | None = option(
         None, "initial values; sparse-fan-in scales them for the active fan-in", choices=["default", "sparse-fan-in"]
     )

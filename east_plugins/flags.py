@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import difflib
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NoReturn
@@ -23,6 +25,9 @@ class Parser(argparse.ArgumentParser):
         super().__init__(*args, allow_abbrev=False, **kwargs)
 
     def error(self, message: str) -> NoReturn:
+        if match := re.match(r"unrecognized arguments: (--[^ =]+)", message):
+            near = difflib.get_close_matches(match[1], self._option_string_actions, n=3)
+            message += f"; did you mean {' or '.join(near)}?" if near else "; see --help"
         raise UsageError(message.removeprefix("argument "))
 
 

@@ -17,6 +17,7 @@ from .init.layerwise import budgets, random_mask
 from .init.weights import sparse_fan_in
 from .layer import Layer
 from .ops import distributed
+from .ops.counts import apportion
 from .ops.gradients import GradientMask
 from .ops.maskable import maskable, theoretical_size, unwrap
 from .ops.optimizer_state import momentum_factor, state_names, state_tensors
@@ -111,6 +112,7 @@ class Masking:
         self.num_remove: dict[str, int] = {}
         self.modules: list[nn.Module] = []
         self.input_shape: tuple[int, ...] | None = None
+        self._drawn_counts: list[int] | None = None
         self._momentum: dict[str, Tensor] = {}
         self._gradients = GradientMask()
 
@@ -370,7 +372,10 @@ class Masking:
             raise UsageError(
                 f"--sparse-init {self.sparse_init} needs add_module(..., input_shape=(channels, height, width))"
             )
-        return entry.object(model, counts, self.input_shape, self.generator)
+        masks = entry.object(model, counts, self.input_shape, self.generator)
+        if entry.meta.get("keeps_counts"):  # the scores, not the allocation, gave the layers their shares
+            self._drawn_counts = [int(mask.sum()) for mask in masks.values()]
+        return masks
 
     def _set_masks(self, masks: dict[str, Tensor]) -> None:
         for name, mask in masks.items():
@@ -437,7 +442,11 @@ class Masking:
 
     def _budgets(self, total: int) -> dict[str, int]:
         """The allocation's active weights of every layer for `total` over all."""
-        base = registry.allocation.entry(self.sparse_init).meta.get("budgets", self.sparse_init)
+        if self._drawn_counts:
+            sizes = [weight.numel() for weight in self.weights.values()]
+            return dict(zip(self.weights, apportion(self._drawn_counts, total, 1, sizes), strict=True))
+        meta = registry.allocation.entry(self.sparse_init).meta
+        base = meta.get("budgets", "ERK") if meta.get("draws") else self.sparse_init
         return budgets(base, {name: weight.shape for name, weight in self.weights.items()}, total)
 
     def _reconnect(self, layers: list[Layer], before: list[Tensor]) -> None:

@@ -106,7 +106,7 @@ def _entry(name: str, obj: Any, help: str | None, source: str | None, meta: dict
 growth = Registry("growth", ["east_plugins.rules.growth"])
 pruning = Registry("pruning", ["east_plugins.rules.pruning"])
 redistribution = Registry("redistribution", ["east_plugins.rules.redistribution"])
-allocation = Registry("allocation", ["east_plugins.init.layerwise", "east_plugins.init.connected"])
+allocation = Registry("allocation", [f"east_plugins.init.{name}" for name in ("layerwise", "connected", "saliency")])
 density = Registry("density", ["east_plugins.schedules.density"])
 rate = Registry("rate", ["east_plugins.schedules.rate"])
 activation = Registry("activation", ["east_plugins.activations.dyrelu", "east_plugins.activations.plain"])

@@ -93,13 +93,8 @@ def build_model(options: Config, num_classes: int, input_shape: tuple[int, int, 
 
     Raises `UsageError` for a combination that cannot be.
     """
-    if options.dctps and options.east.share:
-        raise UsageError(
-            "--dctps --east-share: weight sharing is left out with DCTpS, to prevent conflicts with the DCT matrices "
-            "(EAST paper, Section 4)"
-        )
-    if options.dctps and options.weight_init not in (None, "default"):
-        raise UsageError(f"--dctps --weight-init {options.weight_init}: sparse weights of DCTpS layers start at zero")
+    if options.dctps:
+        _check_dctps(options)
     torch.manual_seed(options.seed)
     channels, _, size = input_shape
     model = models.build(options.model, num_classes, channels, size, options.width)
@@ -110,6 +105,22 @@ def build_model(options: Config, num_classes: int, input_shape: tuple[int, int, 
     if options.east.share:
         registry.transform.get("share")(model, options.east.share_from)
     return model
+
+
+def _check_dctps(options: Config) -> None:
+    if options.east.share:
+        raise UsageError(
+            "--dctps --east-share: weight sharing is left out with DCTpS, to prevent conflicts with the DCT matrices "
+            "(EAST paper, Section 4)"
+        )
+    allocation = registry.allocation.entry(options.sparse_init or "ERK")
+    if allocation.meta.get("needs_weights"):
+        raise UsageError(
+            f"--dctps --sparse-init {allocation.name}: the sparse weights of DCTpS layers start at zero, so that "
+            "their saliency says nothing; allowed are ERK, ER, uniform, EPL, EPF, connected"
+        )
+    if options.weight_init not in (None, "default"):
+        raise UsageError(f"--dctps --weight-init {options.weight_init}: sparse weights of DCTpS layers start at zero")
 
 
 def load_data(options: Config) -> data.Data:

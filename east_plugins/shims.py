@@ -177,7 +177,10 @@ def _own_data(stack: contextlib.ExitStack, folder: Path) -> None:
         import_torchvision()
     except MissingExtraError:
         return
-    import torchvision.datasets  # noqa: F401
+    import torchvision.datasets
+
+    if not torchvision.extension._has_ops():
+        _tell("torchvision without its compiled operators, which do not fit this torch")
 
     def make(check):
         @functools.wraps(check)

@@ -155,7 +155,7 @@ class _DCTConv(DCTLayer):
                 slice(t * d, n - (k - 1 - t) * d, s)
                 for t, d, n, k, s in zip(tap, dilation, part.shape[2:], self.kernel_size, stride, strict=True)
             ]
-            parts.append(part[:, :, *window])
+            parts.append(part[(..., *window)])
         return torch.cat(parts, 1)
 
     def mix(self, input: Tensor, weight: Tensor) -> Tensor:

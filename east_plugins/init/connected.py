@@ -88,28 +88,34 @@ def reconnect(
     """
     kept = {name: masks[name] & before[name] for name in masks}
     stray = settle(model, masks, scores, input_shape, generator, kept)
-    if not stray:
-        return
+    for every_layer in (False, True):
+        if stray:
+            _select_anew(model, masks, before, scores, input_shape, generator, masks.keys() if every_layer else stray)
+            stray = settle(model, masks, scores, input_shape, generator)
+
+
+def _select_anew(model, masks, before, scores, input_shape, generator, names) -> None:
+    """The named layers' weights, and those of layers that share a newly opened channel with them."""
     wiring, possible = _structure(model, masks, input_shape)
-    used = _used(wiring, on_path(model, before, input_shape)) | _used(wiring, on_path(model, masks, input_shape))
     budgets = {name: int(mask.sum()) for name, mask in masks.items()}
-    order = torch.rand(wiring.size, generator=generator) + used
+    now, then = (_used(wiring, on_path(model, active, input_shape)) for active in (masks, before))
+    used = now | then
+    order = torch.rand(wiring.size, generator=generator) + then + 2 * now
     chosen = _choose(wiring, possible, budgets, lambda channels, _: int(used[channels].sum()), order)
     covered = chosen.clone()
     covered[wiring.inputs] = covered[wiring.outputs] = False
     chosen[wiring.inputs] = chosen[wiring.outputs] = True
     opened = covered & ~used
     for name, wires in wiring.layers.items():
-        concerned = name in stray or opened[wires.sources].any() or opened[wires.targets].any()
+        concerned = name in names or opened[wires.sources].any() or opened[wires.targets].any()
         if concerned and possible[name].sum() >= budgets[name]:
-            kept, was, score = (tensor[name].reshape(-1).cpu() for tensor in (masks, before, scores))
+            kept, was, score = (tensors[name].reshape(-1).cpu() for tensors in (masks, before, scores))
 
             def rank(at, kept=kept, was=was, score=score):
                 kept, was, score = kept[at], was[at] & ~kept[at], score[at]
                 return _ranks(2 * kept + 1 * was, score, generator), _ranks(2 * kept - 1 * was, score, generator)
 
             masks[name].copy_(_select(wires, possible[name], chosen, covered, budgets[name], rank))
-    settle(model, masks, scores, input_shape, generator)
 
 
 def settle(

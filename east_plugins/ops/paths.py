@@ -47,7 +47,7 @@ def path_positions(
     leaves = {name: mask.to(device, torch.float32).requires_grad_() for name, mask in masks.items()}
     x = torch.ones(1, *input_shape, device=device)
     with torch.enable_grad():
-        total = sum(output.sum() for output in run_with(model, leaves, x, _Twin()))
+        total = sum(output.sum() for output in run_with(model, leaves, x, Twin()))
         flows = torch.autograd.grad(total, list(leaves.values()), allow_unused=True, materialize_grads=True)
     return {name: (flow > 0).to(masks[name].device) for name, flow in zip(leaves, flows, strict=True)}
 
@@ -118,12 +118,19 @@ class _Cut(torch.autograd.Function):
         return gradient.abs().gt_(ctx.floor), None, None
 
 
-class _Twin(TorchFunctionMode):
+class Twin(TorchFunctionMode):
+    """The linearised twin; `layer` computes a convolution or linear layer of it."""
+
+    @staticmethod
+    def layer(func, input, weight, bias=None, *args, **kwargs):
+        output = func(_Cut.apply(input, 0, 0.5), _Cut.apply(weight, 0, 0.5), None, *args, **kwargs)
+        return _Cut.apply(output, 0.5, 0)
+
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         name = getattr(func, "__name__", "").strip("_")
         if name in LAYERS:
-            return _layer(func, *args, **kwargs)
+            return self.layer(func, *args, **kwargs)
         if name in IDENTITIES:
             return identity(func, *args, **kwargs)
         if name in _POOLS:
@@ -134,11 +141,6 @@ class _Twin(TorchFunctionMode):
 def identity(func, input, *args, inplace=False, **kwargs):
     """`input` itself where `func` works in place, else a copy."""
     return input if inplace or func.__name__.endswith("_") else input.clone()
-
-
-def _layer(func, input, weight, bias=None, *args, **kwargs):
-    output = func(_Cut.apply(input, 0, 0.5), _Cut.apply(weight, 0, 0.5), None, *args, **kwargs)
-    return _Cut.apply(output, 0.5, 0)
 
 
 def _average(pool):
