@@ -57,7 +57,7 @@ def trace(model: nn.Module, shapes: Mapping[str, Sequence[int]], input_shape: Se
     names = list(shapes)
     device = next(model.parameters()).device
     weights = {  # the value tells which one it is; other parameters are ones
-        name: torch.tensor(i + 2.0, dtype=torch.float64, device=device).expand(tuple(shapes[name]))
+        name: torch.tensor(i + 2.0, dtype=torch.float32, device=device).expand(tuple(shapes[name]))
         for i, name in enumerate(names)
     }
     mode = _Trace(names)
@@ -90,7 +90,7 @@ class _Trace(TorchFunctionMode):
 
     def new(self, n: int) -> Tensor:
         self.count += n
-        return torch.arange(self.count - n, self.count, dtype=torch.float64)
+        return torch.arange(self.count - n, self.count, dtype=torch.float32)
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
@@ -114,7 +114,7 @@ class _Trace(TorchFunctionMode):
         meta = (torch.empty(tensor.shape, device="meta") for tensor in (input, weight))
         shape = func(*meta, None, *args, **kwargs).shape
         axis = len(shape) - 1 if name == "linear" else len(shape) - weight.dim() + 1
-        out = torch.zeros(shape, dtype=torch.float64, device=input.device)
+        out = torch.zeros(shape, dtype=torch.float32, device=input.device)
         value = weight.flatten()[0].item()
         if value >= 2 and bool((weight == value).all()):
             read = _numbers(_along(input, axis))
@@ -169,7 +169,7 @@ class _Trace(TorchFunctionMode):
         known[0] = True
         for operand in operands:
             known[_numbers(operand)] = True
-        values = result.as_subclass(Tensor).double()
+        values = result.as_subclass(Tensor).float()
         numbers = _numbers(values.clamp(0, self.count - 1))
         return bool((numbers.to(values.device) == values).all() and known[numbers].all())
 
@@ -201,7 +201,7 @@ def _same_axis(operands: list[Tensor], shape: torch.Size) -> Tensor:
                 view = line.view([-1 if i == axis else 1 for i in range(operand.dim())])
                 if bool(((operand == view) | (operand == 0)).all()) and bool((line > 0).any()):
                     return line.view([-1 if i == axis else 1 for i in range(len(shape))]).expand(shape).clone()
-    return torch.zeros(shape, dtype=torch.float64, device=operands[0].device)
+    return torch.zeros(shape, dtype=torch.float32, device=operands[0].device)
 
 
 def _along(numbers: Tensor, axis: int) -> Tensor:

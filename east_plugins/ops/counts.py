@@ -23,6 +23,9 @@ def apportion(
     upper = np.asarray(upper, dtype=np.int64)
     lower = np.broadcast_to(np.asarray(lower, dtype=np.int64), upper.shape)
     weights = np.asarray(weights, dtype=np.float64)
+    if (largest := weights.max(initial=0)) > 0:
+        weights = weights / largest
+        weights = np.where(weights < 1e-200, 0, weights)  # no share at all, and no overflow below
     if not lower.sum() <= total <= upper.sum():
         raise UsageError(f"{total} active weights cannot be split: allowed are {lower.sum()} to {upper.sum()}")
     share = _bounded_shares(weights, total, lower, upper)

@@ -86,19 +86,22 @@ def run_with(
 
 @contextlib.contextmanager
 def _plain_evaluation(model: nn.Module) -> Iterator[None]:
-    modules = list(model.modules())
-    training = [module.training for module in modules]
-    phased = [(m, m.phase) for m in modules if getattr(m, "east_plugin", False) and hasattr(m, "phase")]
+    """Evaluation mode, phased activations off (their ReLUs run then), DCT layers as one product."""
+    changes = []
+    for module in model.modules():
+        changes.append((module, "training", False))
+        if getattr(module, "east_plugin", False) and hasattr(module, "phase"):
+            changes.append((module, "phase", "off"))
+        if getattr(module, "east_dct", False):
+            changes.append((module, "engine", "dense"))
+    before = [getattr(module, name) for module, name, _ in changes]
     try:
-        model.eval()
-        for module, _ in phased:
-            module.phase = "off"
+        for change in changes:
+            setattr(*change)
         yield
     finally:
-        for module, mode in zip(modules, training, strict=True):
-            module.training = mode
-        for module, phase in phased:
-            module.phase = phase
+        for (module, name, _), value in zip(changes, before, strict=True):
+            setattr(module, name, value)
 
 
 class _Cut(torch.autograd.Function):

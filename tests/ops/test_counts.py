@@ -1,6 +1,6 @@
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from east_plugins.errors import UsageError
@@ -17,6 +17,8 @@ def problems(draw):
 
 
 @given(problems())
+@example(([2e-309, 0.0], 1, [0, 0], [2, 1]))
+@example(([2e-309, 1.0], 3, [0, 0], [2, 1]))
 def test_sum_is_exact_and_bounds_hold(problem):
     weights, total, lower, upper = problem
     counts = apportion(weights, total, lower, upper)
