@@ -5,11 +5,12 @@ from __future__ import annotations
 import dataclasses
 import json
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
 
-from . import activations, config, flags, models, registry, runs
+from . import activations, bench, config, flags, models, registry, runs
 from .activations.phased import attach
 from .analysis.costs import costs
 from .config import Config
@@ -23,15 +24,19 @@ def main(argv: Sequence[str]) -> int:
     parser = flags.Parser(prog="east_plugins info", description="What a network costs; no training.")
     parser.add_argument("--classes", type=int, default=10, metavar="N", help="outputs of the network (default: 10)")
     parser.add_argument("--channels", type=int, default=3, metavar="N", help="channels of an image (default: 3)")
+    parser.add_argument("--latency", action="store_true", help="with --dctps: time inference beside plain layers")
     parser.add_argument("--json", action="store_true", help="one JSON object in place of the table")
     config.add_flags(parser)
     given = vars(parser.parse_args(argv))
-    classes, channels, as_json = (given.pop(name) for name in ("classes", "channels", "json"))
+    classes, channels, timed, as_json = (given.pop(name) for name in ("classes", "channels", "latency", "json"))
     if given.get("model") == "help":
         print("\n".join([*models.names(), "torchvision:<name>"]))
         return 0
     given.setdefault("method", "rigl")
-    report = describe(config.from_flags(given), classes, channels)
+    options = config.from_flags(given)
+    report = describe(options, classes, channels)
+    if timed:
+        report["latency"] = latency(options, classes, channels)
     print(json.dumps(report) if as_json else as_text(report))
     return 0
 
@@ -58,6 +63,27 @@ def describe(options: Config, classes: int, channels: int) -> dict[str, Any]:
     return report
 
 
+def latency(options: Config, classes: int, channels: int, repeats: int = 15) -> dict[str, Any]:
+    """Milliseconds of one inference (batch 1) with plain and with DCTpS layers, interleaved, and their ratio.
+
+    The paper reports 1.5 times the latency for DCTpS (Section 4). Raises `UsageError` without `--dctps`.
+    """
+    if not options.dctps:
+        raise UsageError("--latency needs --dctps, whose layers it times beside plain ones")
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    shape = (channels, options.image_size or 32, options.image_size or 32)
+    x = torch.zeros(1, *shape)
+    networks = {
+        "plain": runs.build_model(dataclasses.replace(options, dctps=False), classes, shape).eval(),
+        "dctps": runs.build_model(options, classes, shape).eval(),
+    }
+    with torch.no_grad():
+        candidates = {name: partial(network, x) for name, network in networks.items()}
+        rows = bench.interleaved(candidates, repeats, x.device)
+    return bench.report(rows, {"dctps_over_plain": ("dctps", "plain")})
+
+
 def as_text(report: dict[str, Any]) -> str:
     """The same for people."""
     lines = [
@@ -77,6 +103,8 @@ def as_text(report: dict[str, Any]) -> str:
         f"dense inference    {report['dense_macs']:>14,}   MACs",
         f"sparse inference   {report['sparse_macs']:>14,}   MACs",
     ]
+    if "latency" in report:
+        lines += ["", bench.as_text(report["latency"])]
     return "\n".join(lines)
 
 

@@ -100,7 +100,7 @@ def test_resuming_a_finished_run_only_reads_it(east_run):
 
 
 @pytest.mark.parametrize(
-    "method", ["dense", "static", "set", "rigl", "snfs", "gmp", "granet", "rigl+share", "set+cyclic"]
+    "method", ["dense", "static", "set", "rigl", "snfs", "gmp", "granet", "rigl+share", "set+cyclic", "rigl+dctps", "east+dctps"]
 )
 def test_every_method_ends_at_its_density(method, tmp_path):
     tiny = [flag for flag in TINY if flag not in ("--density", "0.05")] if method == "dense" else TINY
@@ -139,6 +139,7 @@ def test_other_optimizers_precision_and_layout(flags, tmp_path):
         ("--epoch 3", "--epoch"),
         ("--density 0.0001", "--density gives"),
         ("--dctps --method rigl --east-share", "prevent conflicts with the DCT"),
+        ("--dctps --method rigl --sparse-init synflow", "their saliency says nothing"),
     ],
 )
 def test_wrong_input_is_one_line_exit_2_and_leaves_nothing(flags, words, tmp_path, capsys):
@@ -202,3 +203,31 @@ def test_bench_reports_ratios(capsys):
         report = json.loads(capsys.readouterr().out)
         assert report["ratios"][ratio] > 0 and report["threads"] >= 1
         assert {"name", "median_ms", "min_ms", "max_ms"} == set(report["rows"][0])
+
+
+@pytest.mark.parametrize(
+    "flags, key, value",
+    [
+        ("--model resnet34 --classes 100", "parameters", 21_328_292),
+        ("--model resnet34 --classes 100", "parameter_mib", 81.36),
+        ("--model resnet34 --classes 100 --east-share", "parameter_mib", 42.83),
+        ("--model resnet34 --classes 100 --east-share --east-dyrelu", "parameter_mib", 54.96),
+        ("--model resnet34 --classes 100 --dctps", "stored_mib", 162.66),
+        ("--model resnet50", "dense_macs", 1_297_829_888),
+        ("--model resnet50 --east-share", "parameters", 13_981_282),
+        ("--model resnet50 --dctps --density 0.0005", "sparse_macs", 40.26),
+        ("--model resnet50 --dctps --density 0.0001", "sparse_macs", 39.09),
+    ],
+)
+def test_info_gives_the_papers_numbers(flags, key, value, capsys):
+    assert main(["info", *flags.split(), "--json"]) == 0
+    got = json.loads(capsys.readouterr().out)[key]
+    assert got == value if isinstance(value, int) else f"{got / (1 if 'mib' in key else 1e6):.2f}" == f"{value:.2f}"
+
+
+def test_info_times_dctps_beside_plain_layers(capsys):
+    assert main("info --model resnet20 --width 4 --density 0.05 --dctps --latency --json".split()) == 0
+    report = json.loads(capsys.readouterr().out)["latency"]
+    assert report["ratios"]["dctps_over_plain"] > 0
+    assert main("info --model resnet20 --latency".split()) == 2
+    assert "--latency needs --dctps" in capsys.readouterr().err
