@@ -17,7 +17,7 @@ from typing import Any
 from . import config, flags, runs
 from .config import Config
 from .errors import MissingExtraError, UsageError
-from .train import Trainer, train
+from .train import Interrupted, Trainer, finished, train
 
 
 @dataclass(frozen=True)
@@ -96,8 +96,11 @@ def check(todo: Sequence[Job]) -> None:
 
 
 def run(todo: Sequence[Job], workers: int = 1) -> Iterator[tuple[Job, dict[str, Any]]]:
-    """Train what is not finished yet; yields every job with its summary as it ends."""
-    if workers == 1:
+    """Train what is not finished yet; yields every job with its summary, those that were finished first."""
+    summaries = [(job, finished(job.options, job.out)) for job in todo]
+    yield from (pair for pair in summaries if pair[1] is not None)
+    todo = [job for job, summary in summaries if summary is None]
+    if workers == 1 or len(todo) < 2:
         for job in todo:
             yield job, train(job.options, job.out, resume=True, quiet=True)
         return
@@ -122,14 +125,17 @@ def main(argv: Sequence[str]) -> int:
     check(todo)
     out.mkdir(parents=True, exist_ok=True)
     summaries = []
-    for job, summary in run(todo, workers):
-        summaries.append((job, summary))
-        print(
-            f"{len(summaries):>3}/{len(todo)}  {job.method:<16} sparsity {job.sparsity:g}  seed {job.seed}  "
-            f"test {summary['test_accuracy']:.2%}  {summary['seconds']:.0f} s",
-            file=sys.stderr,
-            flush=True,
-        )
+    try:
+        for job, summary in run(todo, workers):
+            summaries.append((job, summary))
+            print(
+                f"{len(summaries):>3}/{len(todo)}  {job.method:<16} sparsity {job.sparsity:g}  seed {job.seed}  "
+                f"test {summary['test_accuracy']:.2%}  {summary['seconds']:.0f} s",
+                file=sys.stderr,
+                flush=True,
+            )
+    except (KeyboardInterrupt, Interrupted):
+        raise Interrupted(f"stopped after {len(summaries)} of {len(todo)} runs; the same command goes on") from None
     order = {job.out: i for i, job in enumerate(todo)}
     rows = collect(sorted(summaries, key=lambda pair: order[pair[0].out]))
     table = markdown(rows)

@@ -6,6 +6,7 @@ Every shim names itself on stderr the first time it is used.
 from __future__ import annotations
 
 import argparse
+import collections.abc
 import contextlib
 import functools
 import importlib.abc
@@ -86,18 +87,15 @@ def _removed_numpy(stack: contextlib.ExitStack, folder: Path) -> None:
 
 
 def _removed_torch(stack: contextlib.ExitStack, folder: Path) -> None:
-    """torch._six, and the scheduler class that torch has renamed."""
+    """torch._six, which torch has removed."""
     module = types.ModuleType("torch._six")
-    contents = {"inf": float("inf"), "nan": float("nan"), "string_classes": (str, bytes), "int_classes": int}
+    contents = {"inf": float("inf"), "nan": float("nan"), "string_classes": (str, bytes), "int_classes": int,
+                "container_abcs": collections.abc}
 
     def getattribute(name: str):
         if name in contents:
             _tell(f"torch._six.{name}, which torch has removed")
             return contents[name]
-        if name == "container_abcs":
-            import collections.abc
-
-            return collections.abc
         raise AttributeError(name)
 
     module.__getattr__ = getattribute

@@ -40,15 +40,30 @@ def train(options: Config, out: Path, resume: bool = False, quiet: bool = False)
     """
     if (out / runs.CONFIG).exists() and not resume:
         raise UsageError(f"--out {out} holds a run already; add --resume to go on with it, or choose another folder")
-    trainer = Trainer(options, out)
-    if resume and trainer.restore() and (summary := runs.read_summary(out)):
+    if resume and (summary := finished(options, out)):
         return summary
+    trainer = Trainer(options, out)
+    if resume:
+        trainer.restore()
     out.mkdir(parents=True, exist_ok=True)
     runs.write_config(out, trainer.options)
     with _catch_interrupt() as interrupt, Progress(trainer, quiet) as progress:
         while trainer.epoch < trainer.options.epochs:
             trainer.run_epoch(interrupt, progress)
         return trainer.finish()
+
+
+def finished(options: Config, out: Path) -> dict[str, Any] | None:
+    """The summary of the run in `out` where it has ended; raises `UsageError` where it is another run."""
+    summary = runs.read_summary(out)
+    if summary is not None:
+        _check_same(out, options.resolve(summary["steps"] // summary["epochs"]))
+    return summary
+
+
+def _check_same(out: Path, options: Config) -> None:
+    if not runs.same_run(runs.read_config(out), options):
+        raise UsageError(f"--resume: {out / runs.CONFIG} describes another run than the flags given")
 
 
 class Trainer:
@@ -267,12 +282,11 @@ class Trainer:
             },
         )
 
-    def restore(self) -> bool:
-        """Take up the checkpoint in `out`; False where there is none. Raises `UsageError` where it is another run's."""
+    def restore(self) -> None:
+        """Take up the checkpoint in `out`, if there is one. Raises `UsageError` where it is another run's."""
         if not (self.out / runs.CHECKPOINT).exists():
-            return False
-        if not runs.same_run(runs.read_config(self.out), self.options):
-            raise UsageError(f"--resume: {self.out / runs.CONFIG} describes another run than the flags given")
+            return
+        _check_same(self.out, self.options)
         state = runs.load_checkpoint(self.out / runs.CHECKPOINT, self.device)
         if self.phased and state["beta"] == 0:
             self.phased.remove(self.optimizer)
@@ -285,7 +299,6 @@ class Trainer:
         self.epoch_generator = state["epoch_generator"].cpu()
         torch.set_rng_state(state["rng"].cpu())
         _cut_metrics(self.out / runs.METRICS, self.epoch)
-        return True
 
 
 def _cut_metrics(path: Path, epochs: int) -> None:

@@ -100,7 +100,8 @@ def test_resuming_a_finished_run_only_reads_it(east_run):
 
 
 @pytest.mark.parametrize(
-    "method", ["dense", "static", "set", "rigl", "snfs", "gmp", "granet", "rigl+share", "set+cyclic", "rigl+dctps", "east+dctps"]
+    "method",
+    "dense static set rigl snfs gmp granet rigl+share set+cyclic rigl+dctps east+dctps".split(),
 )
 def test_every_method_ends_at_its_density(method, tmp_path):
     tiny = [flag for flag in TINY if flag not in ("--density", "0.05")] if method == "dense" else TINY

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -10,6 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from ..dct import macs
 from ..errors import UsageError
 from ..ops.maskable import layers, maskable, theoretical_size
 
@@ -73,8 +73,7 @@ def costs(model: nn.Module, input_shape: tuple[int, ...], nonzeros: Mapping[str,
         sparse += uses[layer] * active[names[id(weight)]]
         if hasattr(layer, "dct"):
             fixed += weight.numel() * weight.element_size()
-            n = max(len(weight), weight[0].numel())
-            sparse += uses[layer] * n * math.log2(n) / 2
+            sparse += uses[layer] * macs(tuple(weight.shape), getattr(layer, "groups", 1))
     trainable = [p for p in model.parameters() if p.requires_grad]
     return Costs(
         parameters=sum(p.numel() for p in trainable),

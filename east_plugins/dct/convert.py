@@ -15,7 +15,7 @@ from ..ops import param_groups
 from ..ops.maskable import layers
 from ..registry import transform
 from . import engines
-from .layers import DCTConv1d, DCTConv2d, DCTConv3d, DCTLayer, DCTLinear
+from .layers import DCTConv1d, DCTConv2d, DCTConv3d, DCTLinear
 
 _DCT_CLASS = {nn.Conv1d: DCTConv1d, nn.Conv2d: DCTConv2d, nn.Conv3d: DCTConv3d, nn.Linear: DCTLinear}
 _PLAIN_CLASS = {dct: plain for plain, dct in _DCT_CLASS.items()}
@@ -88,7 +88,7 @@ def materialize(model: nn.Module) -> list[str]:
     The parameters stay the same objects; masks do not hold for them any more. Returns the names of the layers.
     Raises `NothingMatchedError` where the model has no DCT layers.
     """
-    found = {name: module for name, module in model.named_modules() if isinstance(module, DCTLayer)}
+    found = {name: module for name, module in model.named_modules() if type(module) in _PLAIN_CLASS}
     if not found:
         raise NothingMatchedError("materialize: the model has no DCT layers (--dctps)")
     for layer in found.values():
