@@ -28,7 +28,7 @@ logger = logging.getLogger(__name__)
 
 
 class Masking:
-    """Sparse training host with ITOP's call surface (DESIGN: exact counts, any device, any registered rule).
+    """Sparse training host with ITOP's call surface: exact counts, any device, any registered rule.
 
         mask = Masking(optimizer, death_rate=0.5, death_mode="magnitude", growth_mode="gradient",
                        redistribution_mode="none", death_rate_decay=CosineDecay(0.5, steps), update_frequency=100)

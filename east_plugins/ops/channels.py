@@ -165,6 +165,8 @@ class _Trace(TorchFunctionMode):
 
     def _only_moved(self, operands: list[Tensor], result: Tensor) -> bool:
         """Whether the result holds its operands' numbers and nothing else."""
+        if result.is_complex():
+            return False
         known = torch.zeros(self.count, dtype=torch.bool)
         known[0] = True
         for operand in operands:

@@ -14,7 +14,7 @@ def sigmoid(x):
 
 
 def formula(act: nn.Module, x: torch.Tensor) -> np.ndarray:
-    """DESIGN's equation, in numpy, one sample, channel and function at a time."""
+    """The equation, in numpy, one sample, channel and function at a time."""
     p = {name: value.detach().numpy() for name, value in act.state_dict().items()}
     x = x.detach().numpy()
     y = np.empty_like(x)

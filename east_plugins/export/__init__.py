@@ -1,0 +1,12 @@
+"""The sparse network as a deployable file: exact, small and fast."""
+
+from .c import CFile
+from .command import main
+from .formats import load_sparse, to_c, to_onnx
+from .safetensors import to_safetensors
+from .verify import DisagreementError, run_c, run_onnx, verify
+
+__all__ = [
+    "CFile", "DisagreementError", "load_sparse", "main", "run_c", "run_onnx", "to_c", "to_onnx", "to_safetensors",
+    "verify",
+]

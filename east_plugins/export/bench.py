@@ -1,0 +1,197 @@
+"""The command `bench inference`: the dense network beside its sparse exports, in one process."""
+
+from __future__ import annotations
+
+import io
+import json
+import logging
+import tempfile
+from argparse import Namespace
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from .. import bench, flags, models
+from ..dct import convert
+from ..errors import MissingExtraError, UsageError
+from ..masking import Masking
+from .c import CFile
+from .formats import to_c, to_onnx
+from .graph import trace
+from .onnx_dense import dense_onnx
+from .onnx_model import import_onnx
+from .safetensors import to_safetensors
+from .verify import COMPILE, Run, compile_c, run_c, run_onnx, verify
+
+logger = logging.getLogger(__name__)
+
+CALLS = 10  # inferences of batch 1 in one measurement
+
+
+def main(argv: Sequence[str]) -> int:
+    """Time inference, print a table or JSON, draw a bar chart."""
+    args = _parser().parse_args(argv)
+    if min(args.repeats, args.threads, *args.batch) < 1:
+        raise UsageError("--repeats, --threads and --batch must be at least 1")
+    if args.plot and not args.plot.parent.is_dir():
+        raise UsageError(f"--plot {args.plot} must be a file in a folder that exists")
+    torch.set_num_threads(args.threads)
+    result = inference(*_subject(args), args)
+    if args.plot:
+        _plot(result, args.plot)
+    print(json.dumps(result) if args.json else _as_text(result))
+    return 0
+
+
+def _parser() -> flags.Parser:
+    parser = flags.Parser(
+        prog="east_plugins bench inference",
+        description="Inference on the CPU: dense in PyTorch and onnxruntime, sparse as ONNX and C. The network is a "
+        "run's, or one drawn with random norm statistics.",
+    )
+    add = parser.add_argument
+    add("run", nargs="?", type=Path, metavar="RUN", help="folder of a finished run: its network, masks as trained")
+    add("--model", default="resnet34", metavar="NAME", help="network (default: resnet34)")
+    add("--classes", type=int, default=10, metavar="N", help="its outputs (default: 10)")
+    add("--density", type=float, default=0.0005, metavar="X", help="active share of the weights (default: 0.0005)")
+    add("--masks", default="connected", metavar="NAME", help="allocation: connected, ERK, ... (default: connected)")
+    add("--dctps", action="store_true", help="DCTpS layers")
+    add("--seed", type=int, default=0, metavar="N", help="seed of masks and values (default: 0)")
+    add("--batch", type=_integers, default=[1, 64], metavar="N,N", help="batch sizes (default: 1,64)")
+    add("--repeats", type=int, default=20, metavar="N", help="rounds (default: 20)")
+    add("--threads", type=int, default=1, metavar="N", help="CPU threads of PyTorch and onnxruntime (default: 1)")
+    add("--plot", type=Path, metavar="FILE", help="bar chart as PNG, SVG or PDF")
+    add("--json", action="store_true", help="one JSON object in place of the table")
+    return parser
+
+
+def _integers(text: str) -> list[int]:
+    return [int(item) for item in text.split(",")]
+
+
+def _subject(args: Namespace) -> tuple[nn.Module, dict[str, Tensor], tuple[int, ...]]:
+    """Network, masks and input shape."""
+    if args.run:
+        from .. import runs
+
+        run = runs.load_run(args.run)
+        return run.model, run.masks, run.input_shape
+    shape = (3, 32, 32)
+    torch.manual_seed(args.seed)
+    model = models.build(args.model, args.classes)
+    if args.dctps:
+        convert(model)
+    host = Masking(torch.optim.SGD(model.parameters()), growth_mode="random", seed=args.seed)
+    host.add_module(model, args.density, args.masks, input_shape=shape, weight_init="sparse-fan-in")
+    randomise_norms(model, torch.Generator().manual_seed(args.seed))
+    return model.eval(), host.masks, shape
+
+
+def randomise_norms(model: nn.Module, generator: torch.Generator) -> None:
+    """Scales, shifts and statistics as training could leave them; fresh ones make dead channels exactly zero."""
+    for module in model.modules():
+        if isinstance(module, _BatchNorm):
+            for tensor in (module.weight.data, module.running_var):
+                tensor.copy_(0.5 + torch.rand(tensor.shape, generator=generator))
+            for tensor in (module.bias.data, module.running_mean):
+                tensor.copy_(0.2 * torch.randn(tensor.shape, generator=generator))
+
+
+def inference(
+    model: nn.Module, masks: dict[str, Tensor], input_shape: Sequence[int], args: Namespace
+) -> dict[str, Any]:
+    """Rows, ratios, sizes in bytes and differences from PyTorch, as `bench --json` prints them.
+
+    A row's name is the candidate's, with `_batchN` for batches other than 1; its milliseconds are those of a batch.
+    """
+    dense, onnx = dense_onnx(trace(model, {}, input_shape)), to_onnx(model, masks, input_shape)
+    generator = torch.Generator().manual_seed(args.seed)
+    candidates: dict[str, Run] = {
+        "pytorch_dense": _in_pytorch(model),
+        "onnxruntime_dense": run_onnx(dense, args.threads),
+        "onnx": run_onnx(onnx, args.threads),
+    }
+    sizes = {"pytorch_dense": _state_bytes(model), "onnxruntime_dense": len(dense), "onnx": len(onnx)}
+    sizes["safetensors"] = len(to_safetensors(model, masks))
+    try:
+        c = to_c(model, masks, input_shape)
+        candidates["c"] = run_c(c)
+        sizes |= {"c": len(c.text), "c_object": _object_bytes(c), "c_arena": c.arena_bytes}
+    except UsageError as error:
+        logger.warning("no C file: %s", error)
+    check = torch.randn(4, *input_shape, generator=generator)
+    exported = [name for name in ("onnx", "c") if name in candidates]
+    differences = {name: verify(candidates[name], model, masks, check, name) for name in exported}
+    rows, ratios = [], {}
+    for batch in args.batch:
+        inputs = torch.randn(batch, *input_shape, generator=generator).numpy()
+        suffix = "" if batch == 1 else f"_batch{batch}"
+        calls = CALLS if batch == 1 else 1
+        timed = bench.interleaved(
+            {name + suffix: _repeated(run, inputs, calls) for name, run in candidates.items()},
+            args.repeats, torch.device("cpu"),
+        )
+        rows += [{k: v if k == "name" else v / calls for k, v in row.items()} for row in timed]
+        ratios |= {
+            f"onnxruntime_dense_over_{name}{suffix}": (f"onnxruntime_dense{suffix}", name + suffix)
+            for name in ("onnx", "c", "pytorch_dense")
+        }
+    result = bench.report(rows, ratios)
+    result["versions"]["onnxruntime"] = import_onnx()[1].__version__
+    return {**result, "sizes": sizes, "differences": differences}
+
+
+def _in_pytorch(model: nn.Module) -> Run:
+    def run(inputs: np.ndarray) -> np.ndarray:
+        with torch.inference_mode():
+            return model(torch.from_numpy(inputs)).numpy()
+
+    return run
+
+
+def _repeated(run: Run, inputs: np.ndarray, calls: int) -> Callable[[], None]:
+    def repeat() -> None:
+        for _ in range(calls):
+            run(inputs)
+
+    return repeat
+
+
+def _state_bytes(model: nn.Module) -> int:
+    file = io.BytesIO()
+    torch.save(model.state_dict(), file)
+    return file.tell()
+
+
+def _object_bytes(file: CFile) -> int:
+    with tempfile.TemporaryDirectory() as folder:
+        return compile_c(file, Path(folder) / "network.o", ("-c", *COMPILE)).stat().st_size
+
+
+def _as_text(result: dict[str, Any]) -> str:
+    sizes = [f"{name:<28} {size / 1024:>10,.1f} KiB" for name, size in result["sizes"].items()]
+    return "\n".join([bench.as_text(result), *sizes])
+
+
+def _plot(result: dict[str, Any], path: Path) -> None:
+    """Median milliseconds as bars on a logarithmic scale."""
+    try:
+        import matplotlib
+
+        matplotlib.use("Agg")
+        from matplotlib import pyplot as plt
+    except ImportError as error:
+        raise MissingExtraError("--plot needs matplotlib: pip install 'east_plugins[train]'") from error
+    rows = result["rows"][::-1]
+    figure, axes = plt.subplots(figsize=(7, 0.4 * len(rows) + 1), layout="constrained")
+    bars = axes.barh([row["name"] for row in rows], [row["median_ms"] for row in rows])
+    axes.bar_label(bars, fmt="%.3g ms", padding=3)
+    axes.set(xscale="log", xlabel=f"median milliseconds, {result['threads']} thread(s)")
+    axes.margins(x=0.15)
+    figure.savefig(path)
+    plt.close(figure)

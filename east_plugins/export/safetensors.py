@@ -1,0 +1,81 @@
+"""Sparse networks as safetensors files: only active weights, with the gaps between them, and JSON metadata."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from ..errors import MissingExtraError, UsageError
+
+FORMAT = "east_plugins sparse 1"
+VALUES, GAPS = ".values", ".gaps"
+
+
+def to_safetensors(model: nn.Module, masks: Mapping[str, Tensor], metadata: Mapping[str, Any] | None = None) -> bytes:
+    """The file that holds a network's state dict, its masked weights sparse and shared ones once.
+
+    A masked weight NAME is two tensors: NAME.values, the active values in their order in memory, and NAME.gaps, for
+    each of them the inactive ones before it, as the least unsigned integer type that holds them all. All other
+    tensors lie there as they are. `metadata`, of JSON types, is kept with the file.
+    """
+    state = model.state_dict(keep_vars=True)
+    tensors, shapes, aliases, names = {}, {}, {}, {}
+    for name, tensor in state.items():
+        first = names.setdefault(id(tensor), name)
+        tensor = tensor.detach().cpu().contiguous()
+        if first != name:
+            aliases[name] = first
+        elif name in masks:
+            mask = masks[name].cpu()
+            active = mask.flatten().nonzero().flatten().numpy()
+            gaps = np.diff(active, prepend=-1) - 1
+            tensors[name + VALUES] = tensor[mask]
+            tensors[name + GAPS] = torch.from_numpy(gaps.astype(np.min_scalar_type(gaps.max(initial=0))))
+            shapes[name] = list(tensor.shape)
+        else:
+            tensors[name] = tensor
+    header = {"format": FORMAT, "shapes": shapes, "aliases": aliases, "network": dict(metadata or {})}
+    return _torch().save(tensors, {key: json.dumps(value) for key, value in header.items()})
+
+
+def read_safetensors(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Tensor], dict[str, Any]]:
+    """State dict, masks and metadata of a file made by `to_safetensors`, bit for bit; inactive weights are 0.
+
+    Raises `UsageError` where the file is missing, damaged or another's.
+    """
+    _torch()
+    import safetensors
+
+    try:
+        with safetensors.safe_open(path, framework="pt") as file:
+            header = {key: json.loads(value) for key, value in (file.metadata() or {}).items()}
+            state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except (OSError, ValueError, safetensors.SafetensorError) as error:
+        raise UsageError(f"{path} cannot be read as safetensors: {' '.join(str(error).split())}") from error
+    if header.get("format") != FORMAT:
+        raise UsageError(f"{path} is no file of export --format safetensors")
+    masks = {}
+    for name, shape in header["shapes"].items():
+        values, gaps = state.pop(name + VALUES), state.pop(name + GAPS)
+        active = torch.from_numpy(np.cumsum(gaps.numpy().astype(np.int64) + 1) - 1)
+        masks[name] = torch.zeros(shape, dtype=torch.bool)
+        masks[name].view(-1)[active] = True
+        state[name] = torch.zeros(shape, dtype=values.dtype)
+        state[name].view(-1)[active] = values
+    state |= {name: state[first] for name, first in header["aliases"].items()}
+    return state, masks, header["network"]
+
+
+def _torch():
+    """The module safetensors.torch; raises `MissingExtraError`."""
+    try:
+        import safetensors.torch
+    except ImportError as error:
+        raise MissingExtraError("safetensors is not installed: pip install 'east_plugins[export]'") from error
+    return safetensors.torch

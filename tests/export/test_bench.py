@@ -1,0 +1,45 @@
+import json
+
+import pytest
+
+from east_plugins.__main__ import main
+
+SMALL = "bench inference --model resnet20 --density 0.05 --batch 1,2 --repeats 2".split()
+
+
+def test_json(capsys):
+    assert main([*SMALL, "--json"]) == 0
+    result = json.loads(capsys.readouterr().out)
+    names = [row["name"] for row in result["rows"]]
+    kinds = ["pytorch_dense", "onnxruntime_dense", "onnx", "c"]
+    assert names == kinds + [f"{kind}_batch2" for kind in kinds]
+    assert {"onnxruntime_dense_over_c", "onnxruntime_dense_over_onnx"} <= set(result["ratios"])
+    assert result["threads"] == 1 and {"torch", "onnxruntime"} <= set(result["versions"])
+    assert result["sizes"]["c_object"] < result["sizes"]["onnxruntime_dense"]
+    assert max(result["differences"].values()) <= 1e-5
+    median = {row["name"]: row["median_ms"] for row in result["rows"]}
+    assert result["ratios"]["onnxruntime_dense_over_c"] == pytest.approx(median["onnxruntime_dense"] / median["c"])
+
+
+def test_table_and_chart(tmp_path, capsys):
+    assert main([*SMALL, "--masks", "ERK", "--plot", str(tmp_path / "bars.png")]) == 0
+    assert "onnxruntime_dense_over_c" in capsys.readouterr().out
+    assert (tmp_path / "bars.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_dense_network_has_no_c_row(capsys, caplog):
+    assert main([*"bench inference --model resnet18 --density 1 --batch 1 --repeats 1 --json".split()]) == 0
+    result = json.loads(capsys.readouterr().out)
+    assert [row["name"] for row in result["rows"]] == ["pytorch_dense", "onnxruntime_dense", "onnx"]
+    assert "too many for a sparse network" in caplog.text
+
+
+@pytest.mark.parametrize("flags", ["--repeats 0", "--batch 0", "--batch x", "--threads 0", "--model no", "--masks no"])
+def test_refusals(flags, capsys):
+    assert main([*SMALL, *flags.split()]) == 2
+    assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_a_chart_that_cannot_be_written(capsys):
+    assert main([*SMALL, "--plot", "/no/such/folder/a.png"]) == 2
+    assert "--plot" in capsys.readouterr().err
