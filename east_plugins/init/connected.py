@@ -35,16 +35,17 @@ def draw(
     """Random masks with exactly `budgets[name]` active weights a layer, all on paths where the budgets allow it.
 
     The network's inputs and outputs are all used where the budgets allow it. Boolean CPU tensors; the same ones on
-    every device, given the (CPU) generator. The model is left as it was. Raises `UsageError` where a layer has
-    fewer positions on paths of the dense network than its budget.
+    every device, given the (CPU) generator. The model is left as it was. Raises `UsageError` where a layer lies on
+    no path of the dense network.
     """
     wiring, possible = _structure(model, budgets, input_shape)
-    for name, budget in budgets.items():
-        if (allowed := int(possible[name].sum())) < budget:
-            raise UsageError(
-                f"--sparse-init connected: {allowed} weights of layer {name} can lie on a path from input to output, "
-                f"its budget is {budget}"
-            )
+    scores = {name: torch.rand(positions.shape, generator=generator) for name, positions in possible.items()}
+    for name, positions in possible.items():
+        if not positions.any():
+            raise UsageError(f"--sparse-init connected: layer {name} lies on no path from input to output")
+        if positions.sum() < budgets[name]:  # some of its weights cannot be on a path
+            scores[name] += positions
+            possible[name] = torch.ones_like(positions)
     ends = {*wiring.inputs.tolist(), *wiring.outputs.tolist()}
 
     def wanted(channels: Tensor, budgets: list[int]) -> int:
@@ -52,15 +53,19 @@ def draw(
             return len(channels)
         return round(sum(map(math.sqrt, budgets)) / len(budgets))
 
+    def select(name: str, centred: bool) -> Tensor:
+        score, kernel = scores[name].view(-1), math.prod(possible[name].shape[2:])
+
+        def rank(at: Tensor) -> tuple[Tensor, Tensor]:
+            return score[at] + (centred & (at % kernel == kernel // 2)), score[at]
+
+        return _select(wiring.layers[name], possible[name], chosen, chosen, budgets[name], rank)
+
     chosen = _choose(wiring, possible, budgets, wanted, torch.rand(wiring.size, generator=generator))
-    scores = {name: torch.rand(possible[name].shape, generator=generator) for name in budgets}
-    masks = {}
-    for name, budget in budgets.items():
-        score = scores[name].view(-1)
-        masks[name] = _select(
-            wiring.layers[name], possible[name], chosen, chosen, budget, lambda at, score=score: (score[at], score[at])
-        )
-    settle(model, masks, scores, input_shape, generator)
+    masks = {name: select(name, centred=False) for name in budgets}
+    if settle(model, masks, scores, input_shape, generator):  # thin paths may be shifted out of the image
+        masks = {name: select(name, centred=True) for name in budgets}
+        settle(model, masks, scores, input_shape, generator)
     return masks
 
 
@@ -90,32 +95,37 @@ def reconnect(
     stray = settle(model, masks, scores, input_shape, generator, kept)
     for every_layer in (False, True):
         if stray:
-            _select_anew(model, masks, before, scores, input_shape, generator, masks.keys() if every_layer else stray)
+            names = list(masks) if every_layer else stray
+            _select_anew(model, masks, before, scores, input_shape, generator, names)
             stray = settle(model, masks, scores, input_shape, generator)
 
 
 def _select_anew(model, masks, before, scores, input_shape, generator, names) -> None:
-    """The named layers' weights, and those of layers that share a newly opened channel with them."""
+    """Masks of the named layers, and of those that share a newly opened channel with them."""
     wiring, possible = _structure(model, masks, input_shape)
     budgets = {name: int(mask.sum()) for name, mask in masks.items()}
     now, then = (_used(wiring, on_path(model, active, input_shape)) for active in (masks, before))
     used = now | then
-    order = torch.rand(wiring.size, generator=generator) + then + 2 * now
+    order = 2 * now + then + torch.rand(wiring.size, generator=generator)
     chosen = _choose(wiring, possible, budgets, lambda channels, _: int(used[channels].sum()), order)
     covered = chosen.clone()
     covered[wiring.inputs] = covered[wiring.outputs] = False
     chosen[wiring.inputs] = chosen[wiring.outputs] = True
     opened = covered & ~used
+
+    def select(name: str) -> Tensor:
+        active, was_active, score = (tensors[name].reshape(-1).cpu() for tensors in (masks, before, scores))
+
+        def rank(at: Tensor) -> tuple[Tensor, Tensor]:
+            keep, regret = active[at].int(), (was_active & ~active)[at].int()
+            return tuple(_ranks(tier, score[at], generator) for tier in (2 * keep + regret, 2 * keep - regret))
+
+        return _select(wiring.layers[name], possible[name], chosen, covered, budgets[name], rank)
+
     for name, wires in wiring.layers.items():
         concerned = name in names or opened[wires.sources].any() or opened[wires.targets].any()
         if concerned and possible[name].sum() >= budgets[name]:
-            kept, was, score = (tensors[name].reshape(-1).cpu() for tensors in (masks, before, scores))
-
-            def rank(at, kept=kept, was=was, score=score):
-                kept, was, score = kept[at], was[at] & ~kept[at], score[at]
-                return _ranks(2 * kept + 1 * was, score, generator), _ranks(2 * kept - 1 * was, score, generator)
-
-            masks[name].copy_(_select(wires, possible[name], chosen, covered, budgets[name], rank))
+            masks[name].copy_(select(name))
 
 
 def settle(
@@ -125,7 +135,7 @@ def settle(
     input_shape: Sequence[int],
     generator: torch.Generator,
     kept: Mapping[str, Tensor] | None = None,
-) -> set[str]:
+) -> list[str]:
     """Move active weights off path, lowest score first, to the inactive positions on path with the highest score,
     in place and within each layer, as far as there are any. Returns the layers that keep weights off path.
 
@@ -136,7 +146,7 @@ def settle(
     while True:
         good = on_path(model, masks, input_shape)
         off = {name: mask & ~good[name] for name, mask in masks.items()}
-        stray = {name for name in off if off[name].any()}
+        stray = [name for name in off if off[name].any()]
         if not stray:
             return stray
         stay = good if kept is None else {name: mask & (good[name] | kept[name]) for name, mask in masks.items()}
@@ -196,7 +206,8 @@ def _choose(
         growing = set()
         for name in tight:
             growable = [side for side in sides[name] if size[side] < len(side)]
-            growing.update(sorted(growable, key=lambda side: size[side] / len(side))[:1])
+            growable.sort(key=lambda side: (size[side] >= min(near[side]), size[side] / len(side)))
+            growing.update(growable[:1])
         if not growing:
             return chosen
         for side in growing:
