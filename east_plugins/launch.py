@@ -281,8 +281,9 @@ class Activation:
             self._host_in_sight = True
 
         def ours(cls, *args, **kwargs):
-            given = signature.bind(None, *args, **kwargs).arguments
-            return adapters.adapter_class(cls).own(dict(list(given.items())[1:]))
+            given = signature.bind(None, *args, **kwargs)
+            given.apply_defaults()
+            return adapters.adapter_class(cls).own(dict(list(given.arguments.items())[1:]))
 
         self._undo.enter_context(_replaced(cls, "__init__", built))
         if self.run.host == "own" and not issubclass(cls, Masking):

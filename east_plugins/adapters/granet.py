@@ -50,7 +50,7 @@ class GraNet(Adapter):
 
     @staticmethod
     def own(given: dict[str, Any]) -> Masking:
-        """Our host in place of theirs, from the constructor's arguments."""
+        """Our host in place of theirs, from all arguments of its constructor."""
         return _OwnHost(given)
 
 
@@ -58,9 +58,10 @@ class _OwnHost(Masking):
     """Our host with GraNet's namespace for its flags."""
 
     def __init__(self, given: dict[str, Any]):
-        args, steps = given["args"], len(given["train_loader"]) * given["args"].multiplier
+        args = given["args"]
         schedule, gradual = None, args.method != "DST"
         if gradual:
+            steps = len(given["train_loader"]) * args.multiplier
             schedule = Gradual(
                 args.final_density,
                 initial=1.0 if "GMP" in args.method else args.init_density,

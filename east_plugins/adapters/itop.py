@@ -41,5 +41,5 @@ class ITOP(Adapter):
 
     @staticmethod
     def own(given: dict[str, Any]) -> Masking:
-        """Our host in place of theirs, from the constructor's arguments."""
+        """Our host in place of theirs, from all arguments of its constructor."""
         return Masking(**given)

@@ -104,7 +104,7 @@ class RigLTorch(Adapter):
 
     @staticmethod
     def own(given: dict[str, Any]) -> _OwnPruner:
-        """Our host in place of theirs, from the constructor's arguments."""
+        """Our host in place of theirs, from all arguments of its constructor."""
         return _OwnPruner(**given)
 
 

@@ -53,14 +53,14 @@ class SparseLearning(Adapter):
 
     @staticmethod
     def own(given: dict[str, Any]) -> Masking:
-        """Our host in place of theirs, from the constructor's arguments."""
+        """Our host in place of theirs, from all arguments of its constructor."""
         return _OwnHost(
             given["optimizer"],
-            death_rate=given.get("prune_rate", 0.5),
-            death_rate_decay=own_decay(given["prune_rate_decay"], given.get("prune_rate", 0.5)),
-            death_mode=given.get("prune_mode", "magnitude"),
-            growth_mode=given.get("growth_mode", "momentum"),
-            redistribution_mode=given.get("redistribution_mode", "momentum"),
+            death_rate=given["prune_rate"],
+            death_rate_decay=own_decay(given["prune_rate_decay"], given["prune_rate"]),
+            death_mode=given["prune_mode"],
+            growth_mode=given["growth_mode"],
+            redistribution_mode=given["redistribution_mode"],
             update_frequency=given.get("prune_every_k_steps") or None,
         )
 

@@ -12,6 +12,7 @@ import torch
 from .. import flags
 from ..errors import UsageError
 from .formats import load_sparse, to_c, to_onnx
+from .program import image_program
 from .safetensors import to_safetensors
 from .verify import Run, run_c, run_onnx, verify
 
@@ -31,8 +32,9 @@ def main(argv: Sequence[str]) -> int:
     except KeyError as error:
         raise UsageError(f"{args.run} is damaged: its summary.json or checkpoint.pt has no {error}") from error
     options = dataclasses.replace(run.config, data_dir=args.data_dir) if args.data_dir else run.config
-    content, runner, facts = _FORMATS[args.format](run, args.name or out.stem)
-    images, _ = next(runs.load_data(options).test.batches(args.check))
+    test = runs.load_data(options).test
+    content, runner, facts = _FORMATS[args.format](run, args.name or out.stem, test)
+    images, _ = next(test.batches(args.check))
     difference = verify(runner, run.model, run.masks, images, f"the {args.format} file")
     try:
         runs.write_atomically(out, content)
@@ -56,18 +58,19 @@ def _parser() -> flags.Parser:
     return parser
 
 
-def _c(run, name: str) -> tuple[bytes, Run, str]:
+def _c(run, name: str, test) -> tuple[bytes, Run, str]:
     file = to_c(run.model, run.masks, run.input_shape, name)
+    text = file.text + image_program(file, run.input_shape, test.mean, test.std)
     memory = f", static memory {file.arena_bytes:,} bytes of activations and {file.table_bytes:,} of tables"
-    return file.text.encode(), run_c(file), memory
+    return text.encode(), run_c(file), memory
 
 
-def _onnx(run, name: str) -> tuple[bytes, Run, str]:
+def _onnx(run, name: str, test) -> tuple[bytes, Run, str]:
     content = to_onnx(run.model, run.masks, run.input_shape)
     return content, run_onnx(content), ""
 
 
-def _safetensors(run, name: str) -> tuple[bytes, Run, str]:
+def _safetensors(run, name: str, test) -> tuple[bytes, Run, str]:
     shape, classes = list(run.input_shape), run.summary["classes"]
     network = {"config": run.config.as_dict(), "classes": classes, "input_shape": shape}
     content = to_safetensors(run.model, run.masks, network)

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import subprocess
 import sys
 
 import pytest
@@ -38,6 +39,22 @@ def test_writes_a_file_that_was_checked(run, format, tmp_path, capsys):
     assert ("bytes of activations" in printed) == (format == "c")
     assert [path.name for path in tmp_path.iterdir()] == [out.name]
     assert format != "c" or "void digits_run(const float *input, float *output);" in out.read_text()
+
+
+def test_the_c_file_is_a_program_that_classifies_an_image(run, tmp_path):
+    out, program = tmp_path / "digits.c", tmp_path / "digits"
+    assert main(["export", str(run), "--format", "c", "--out", str(out)]) == 0
+    strict = ["-std=c99", "-Wall", "-Wextra", "-Werror", "-O1"]
+    subprocess.run(["cc", *strict, "-DDIGITS_MAIN", out, "-o", program, "-lm"], check=True)
+    trained = runs.load_run(run)
+    test = runs.load_data(trained.config).test
+    for image, normalised in zip(test.images[:5], next(test.batches(5))[0], strict=True):
+        height, width = image.shape[1:]
+        pgm = f"P5\n{width} {height}\n255\n".encode() + image.numpy().tobytes()
+        printed = subprocess.run([program], input=pgm, capture_output=True, check=True, text=False).stdout
+        scores = trained.model(normalised[None])[0]
+        assert printed.decode().startswith(f"class {scores.argmax()} of 10, score {scores.max():.3g}"[:-2])
+    assert subprocess.run([program], input=b"P5\n9 9\n255\n", capture_output=True).returncode == 2
 
 
 def test_safetensors_of_a_run_load_without_anything_else(run, tmp_path):
