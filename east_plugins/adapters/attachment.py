@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import logging
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -127,6 +128,9 @@ class Attachment:
         if self.adapter is None:
             raise UsageError("--east-cyclic needs a host of masks; this run is dense or static and builds none")
         self.adapter.check_cycles()
+        if self.options.cyclic_update_frequency is None:
+            frequency = max(options.cyclic_update_frequency, self.adapter.least_frequency)
+            options = dataclasses.replace(options, cyclic_update_frequency=frequency)
         end = self.adapter.last_update(length.steps)
         return options.density_schedule(self.adapter.density, length.steps_per_epoch, self.adapter.frequency, end)
 

@@ -42,6 +42,8 @@ class Adapter:
     #: Whether the host moves weights between layers; its layers' shares are then taken as they are.
     redistributes = False
     growth, pruning = "gradient", "magnitude"
+    #: Fewest steps between updates that leave the optimizer something to do.
+    least_frequency = 1
 
     def __init__(self, host: Any):
         self.host = host

@@ -37,6 +37,7 @@ class RigLTorch(Adapter):
     and the optimizer skips its step at an update."""
 
     title = "rigl_torch"
+    least_frequency = 2
     parameters = frozenset({"model", "optimizer", "dense_allocation", "T_end", "delta", "alpha", "static_topo"})
     driven = _Driven
 

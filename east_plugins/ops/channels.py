@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 from .paths import IDENTITIES, LAYERS, identity, run_with
 
@@ -105,10 +105,11 @@ class _Trace(TorchFunctionMode):
         if name in _JOINS:
             kept = self._join(operands, [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)])
             return args[0].copy_(kept) if _in_place(func) else kept
-        result = func(*args, **kwargs)
-        if not isinstance(result, Tensor) or self._only_moved(operands, result):
-            return result
-        return _same_axis(operands, result.shape).as_subclass(_Numbers)
+
+        def checked(result: Tensor) -> Tensor:
+            return result if self._only_moved(operands, result) else _same_axis(operands, result.shape)
+
+        return tree_map_only(Tensor, checked, func(*args, **kwargs))
 
     def _layer(self, func, name, input, weight, bias=None, *args, **kwargs):
         meta = (torch.empty(tensor.shape, device="meta") for tensor in (input, weight))
@@ -202,8 +203,9 @@ def _same_axis(operands: list[Tensor], shape: torch.Size) -> Tensor:
                 line = _along(operand, axis).as_subclass(Tensor)
                 view = line.view([-1 if i == axis else 1 for i in range(operand.dim())])
                 if bool(((operand == view) | (operand == 0)).all()) and bool((line > 0).any()):
-                    return line.view([-1 if i == axis else 1 for i in range(len(shape))]).expand(shape).clone()
-    return torch.zeros(shape, dtype=torch.float32, device=operands[0].device)
+                    line = line.view([-1 if i == axis else 1 for i in range(len(shape))])
+                    return line.expand(shape).clone().as_subclass(_Numbers)
+    return torch.zeros(shape, dtype=torch.float32, device=operands[0].device).as_subclass(_Numbers)
 
 
 def _along(numbers: Tensor, axis: int) -> Tensor:

@@ -69,18 +69,18 @@ def run_with(
 ) -> list[Tensor]:
     """The model's outputs for `x` under `mode`, in evaluation, with `weights` by name in place of its own.
 
-    All other parameters are ones (scales pass everything on), activations that are being phased out are ReLUs.
-    The model and the global random state are left as they were.
+    All other parameters are ones (scales pass everything on), biases zeros; activations that are being phased out
+    are ReLUs. The model and the global random state are left as they were.
     """
     parameters = dict(model.named_parameters(remove_duplicate=False))
     replaced = {id(parameters[name]) for name in weights}
-    ones = {
-        name: torch.ones((), device=x.device).expand(parameter.shape)
+    others = {
+        name: torch.full((), float(not name.endswith("bias")), device=x.device).expand(parameter.shape)
         for name, parameter in model.named_parameters()
         if id(parameter) not in replaced and parameter.is_floating_point()
     }
     with _plain_evaluation(model), torch.random.fork_rng([]), mode:
-        outputs = torch.func.functional_call(model, ones | dict(weights), (x,))
+        outputs = torch.func.functional_call(model, others | dict(weights), (x,))
     return [output for output in tree_leaves(outputs) if isinstance(output, Tensor)]
 
 

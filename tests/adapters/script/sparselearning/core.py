@@ -10,7 +10,7 @@ def add_sparse_args(parser):
     parser.add_argument("--fix", action="store_true")
     parser.add_argument("--growth", default="gradient")
     parser.add_argument("--death-rate", type=float, default=0.5)
-    parser.add_argument("--density", type=float, default=0.05)
+    parser.add_argument("--density", type=float, default=0.08)
     parser.add_argument("--update_frequency", type=int, default=4)
 
 
@@ -37,7 +37,8 @@ class Masks:
         norms = {id(p) for m in module.modules() if isinstance(m, nn.BatchNorm2d) for p in m.parameters()}
         for name, weight in module.named_parameters():
             if "bias" not in name and id(weight) not in norms:  # parameters of any other kind get a mask too
-                self.masks[name] = (torch.rand(weight.shape) < density).float()
+                small = weight.numel() < 50
+                self.masks[name] = (torch.rand(weight.shape) < (0.5 if small else density)).float()
         self.apply_mask()
 
     def named(self):
