@@ -68,6 +68,8 @@ def as_text(result: Mapping[str, Any]) -> str:
     for row in result["rows"]:
         lines.append(f"{row['name']:<28} {row['median_ms']:>10.3f} {row['min_ms']:>10.3f} {row['max_ms']:>10.3f}")
     lines += [f"{name:<28} {value:>10.2f}" for name, value in result["ratios"].items()]
+    for name, parts in result.get("memory_mib", {}).items():
+        lines.append(f"{name:<28} " + ", ".join(f"{part} {mib:.1f} MiB" for part, mib in parts.items()))
     return "\n".join(lines)
 
 
@@ -83,9 +85,14 @@ def main(argv: Sequence[str]) -> int:
     add = parser.add_argument
     add("--model", default="resnet34", metavar="NAME", help="network (default: resnet34)")
     add("--classes", type=int, default=100, metavar="N", help="its outputs (default: 100)")
+    if argv[0] == "step":
+        add("--batch-size", type=int, default=128, metavar="N", help="images of 3x32x32 a step (default: 128)")
+        add("--masks", default="connected", choices=["connected", "random", "trained"],
+            help="drawn connected, drawn at random (ERK), or those of 20 updates into a RigL run (default: connected)")
     add("--density", type=float, default=0.0005, metavar="X", help="active share of the weights (default: 0.0005)")
     add("--growth", default="gradient", metavar="NAME", help="growth rule (default: gradient)")
-    add("--repeats", type=int, default=15, metavar="N", help="rounds (default: 15)")
+    rounds = 3 if argv[0] == "step" else 15
+    add("--repeats", type=int, default=rounds, metavar="N", help=f"rounds (default: {rounds})")
     add("--threads", type=int, metavar="N", help="CPU threads (default: PyTorch's choice)")
     add("--device", default="cpu", metavar="NAME", help="cpu, cuda, ... (default: cpu)")
     add("--itop", type=Path, metavar="DIR", help="checkout of ITOP, to time its host beside ours")
@@ -95,43 +102,34 @@ def main(argv: Sequence[str]) -> int:
         raise UsageError(f"--repeats must be at least 1, got {args.repeats}")
     if args.threads:
         torch.set_num_threads(args.threads)
-    result = {"step": step, "update": update}[argv[0]](args)
+    run = update if argv[0] == "update" else importlib.import_module("east_plugins.sparse.bench").step
+    result = run(args)
     print(json.dumps(result) if args.json else as_text(result))
     return 0
 
 
 _HELP = {
-    "step": "Our host's step() against the dense model's optimizer.step() alone (SGD, momentum, weight decay).",
+    "step": "Whole training steps, dense, masked as ITOP does it, and with our sparse engine (SGD, momentum, weight "
+    "decay); then the hosts' step() alone.",
     "update": "A topology update of our host against the dense model's optimizer.step().",
 }
 
 
-def step(args: Namespace) -> dict[str, Any]:
-    """`host.step()` and the dense model's `optimizer.step()`, gradients given (ratio host_over_optimizer)."""
-    dense, ours = _Subject(args), _Subject(args)
-    host = ours.masked_by(Masking, growth_mode=args.growth, update_frequency=None)
-    candidates = {"optimizer": dense.optimizer.step, "host": host.step}
-    if args.itop:
-        candidates["itop"] = _itop(args).step
-    rows = interleaved(candidates, args.repeats, torch.device(args.device))
-    return report(rows, {"host_over_optimizer": ("host", "optimizer"), "itop_over_optimizer": ("itop", "optimizer")})
-
-
 def update(args: Namespace) -> dict[str, Any]:
     """`host.truncate_weights()` from fresh dense gradients (ratio update_over_optimizer)."""
-    dense, ours = _Subject(args), _Subject(args)
+    dense, ours = Subject(args), Subject(args)
     host = ours.masked_by(Masking, growth_mode=args.growth, death_rate=0.5)
     host.step()  # gives optimizer state and running averages their tensors
     ours.draw_gradients()
     candidates = {"optimizer": dense.optimizer.step, "host": host.truncate_weights}
     if args.itop:
-        candidates["itop"] = _itop(args).truncate_weights
+        candidates["itop"] = itop_host(args).truncate_weights
     rows = interleaved(candidates, args.repeats, torch.device(args.device))
     names = {"update_over_optimizer": ("host", "optimizer"), "itop_over_optimizer": ("itop", "optimizer")}
     return report(rows, names)
 
 
-class _Subject:
+class Subject:
     """A network with gradients and an optimizer that has run once."""
 
     def __init__(self, args: Namespace):
@@ -153,7 +151,7 @@ class _Subject:
         return host
 
 
-def _itop(args: Namespace):
+def itop_host(args: Namespace):
     """ITOP's own host, from a checkout, with the same network and gradients; silent, on a machine without CUDA too."""
     file = args.itop / "sparselearning" / "core.py"
     if not file.is_file():
@@ -164,7 +162,7 @@ def _itop(args: Namespace):
     core.print = lambda *args: None
     if not torch.cuda.is_available():
         torch.Tensor.cuda = lambda tensor, *args, **kwargs: tensor
-    subject = _Subject(args)
+    subject = Subject(args)
     itop_args = Namespace(fix=False, update_frequency=sys.maxsize)
     decay = core.CosineDecay(0.5, 1000)
     return subject.masked_by(

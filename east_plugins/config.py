@@ -96,6 +96,10 @@ class Config:
     seed: int = option(0, "seed of everything random", type=int)
     device: str | None = option(None, "cpu, cuda, cuda:1, ... (default: cuda where there is one)")
     threads: int | None = option(None, "CPU threads (default: PyTorch's choice)", type=int)
+    engine: str = option(
+        "auto", "how passes are computed: densely, for active weights only, or the faster as measured; dense and "
+        "sparse repeat bit for bit", choices=["auto", "dense", "sparse"],
+    )  # fmt: skip
     amp: bool = option(False, "bfloat16 autocast")
     channels_last: bool = option(False, "channels-last memory format")
     east: EastOptions = EastOptions()

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -17,14 +18,18 @@ from .init.layerwise import budgets, random_mask
 from .init.weights import sparse_fan_in
 from .layer import Layer
 from .ops import distributed
+from .ops.active import Active, ActiveSets
 from .ops.counts import apportion
-from .ops.gradients import GradientMask
 from .ops.maskable import maskable, theoretical_size, unwrap
 from .ops.optimizer_state import momentum_factor, state_names, state_tensors
+from .ops.packed import PackedState
 from .rules import legacy
 from .schedules.density import Constant, check_density
 
 logger = logging.getLogger(__name__)
+
+#: Layers of fewer active weights than this share are stepped packed; others with masked gradients.
+PACK_BELOW = 0.1
 
 
 class Masking:
@@ -37,9 +42,10 @@ class Masking:
         loss.backward()
         mask.step()                 # in place of optimizer.step()
 
-    Between updates inactive weights and their optimizer state are exactly zero: gradients are masked before the
-    optimizer runs, and every supported optimizer leaves a zero with zero gradient at zero. A topology update
-    drops and grows weights so that the number of active ones is exactly what the density schedule says.
+    Between updates inactive weights and their optimizer state are exactly zero: the optimizer sees the active values
+    of a sparse layer only (or masked gradients, where a tenth and more is active; every supported optimizer leaves a
+    zero with zero gradient at zero). A topology update drops and grows weights so that the number of active ones is
+    exactly what the density schedule says.
 
     Args:
         optimizer: SGD, Adam or AdamW over the model's parameters; others raise `UsageError`.
@@ -95,7 +101,7 @@ class Masking:
         if getattr(args, "fix", False):
             self.prune_every_k_steps = None
 
-        self._needs: set[str] = set()
+        self.needs: set[str] = set()
         self.growth_mode, grow = self._rule("growth", growth_mode)
         self.death_mode, prune = self._rule("pruning", death_mode)
         self.redistribution_mode, redistribute = "none", None
@@ -114,7 +120,10 @@ class Masking:
         self.input_shape: tuple[int, ...] | None = None
         self._drawn_counts: list[int] | None = None
         self._momentum: dict[str, Tensor] = {}
-        self._gradients = GradientMask()
+        self._active = ActiveSets()
+        self._packed = PackedState(optimizer)
+        self._masked_gradients: dict[str, tuple[Tensor, int]] = {}
+        self.engine: Any = None  #: the sparse engine, where one is attached
 
     # ------------------------------------------------------------------ building
 
@@ -176,6 +185,11 @@ class Masking:
         """Number of active weights, from the host's own books: no device synchronisation."""
         return sum(self.name2nonzeros.values())
 
+    @property
+    def dense_gradient_next(self) -> bool:
+        """Whether the next step has a topology update by a rule that scores with the dense gradient."""
+        return "grad" in self.needs and self.schedule.due(self.steps + 1)
+
     def target_nonzeros(self, step: int) -> int:
         """Active weights that the schedule asks for at `step`: exactly `density(step) / target` times the count
         at the target, within what the (possibly shared) tensors can hold and one weight a layer."""
@@ -215,24 +229,26 @@ class Masking:
             scaler.unscale_(self.optimizer)
         due = self.schedule.due(self.steps + 1)
         dense: dict[str, Tensor] = {}
+        with contextlib.ExitStack() as stack:
 
-        def mask_gradients():
-            self._track_momentum()
-            if due and "grad" in self._needs:
-                dense.update({n: w.grad.clone() for n, w in self.weights.items() if w.grad is not None})
-            self._mask_gradients()
+            def prepare() -> None:
+                self._track_momentum()
+                sets, masked = self._split()
+                if due and "grad" in self.needs:
+                    dense.update({name: self.weights[name].grad.clone() for name in masked})
+                self._mask_gradients(masked)
+                stack.enter_context(self._packed.stepping(sets))
 
-        if closure is None:
-            mask_gradients()
-            result = self.optimizer.step() if scaler is None else scaler.step(self.optimizer)
-        else:
-
-            def masked_closure():
+            def prepared_closure():
                 loss = closure()
-                mask_gradients()
+                prepare()
                 return loss
 
-            result = self.optimizer.step(masked_closure)
+            if closure is not None:
+                result = self.optimizer.step(prepared_closure)
+            else:
+                prepare()
+                result = self.optimizer.step() if scaler is None else scaler.step(self.optimizer)
         self.steps += 1
         self._decay_rate()
         if due:
@@ -240,9 +256,11 @@ class Masking:
                 self.weights[name].grad = grad
             self.truncate_weights()
             self.print_nonzero_counts()
-            self._mask_gradients()
+            self._mask_gradients(dense)
         for plugin in self.plugins:
             plugin(self)
+        if self.engine is not None:
+            self.engine.stepped()
         return result
 
     @torch.no_grad()
@@ -252,6 +270,7 @@ class Masking:
             mask = self._mask(name)
             for tensor in (weight, *state_tensors(self.optimizer, weight)):
                 tensor.masked_fill_(~mask, 0)
+            self._packed.move(weight, self.active(name))
 
     @torch.no_grad()
     def truncate_weights(self) -> None:
@@ -279,8 +298,10 @@ class Masking:
             self.fired_masks[layer.name] |= layer.mask
             gone = (old & ~layer.mask).nonzero(as_tuple=True)
             self.num_remove[layer.name] = len(gone[0])
-            for tensor in (layer.weight, *state_tensors(self.optimizer, self.weights[layer.name])):
+            weight = self.weights[layer.name]
+            for tensor in (layer.weight, *state_tensors(self.optimizer, weight)):
                 tensor[gone] = 0
+            self._packed.move(weight, self.active(layer.name))
 
     def fired_masks_update(self) -> tuple[dict[str, float], float]:
         """Share of weights active at least once so far: per layer, and over all (the ITOP rate)."""
@@ -315,9 +336,7 @@ class Masking:
         Raises `UsageError` where the state's layers are not this model's.
         """
         masks = state["masks"]
-        if wrong := set(masks) ^ set(self.masks) or {
-            n for n in masks if masks[n].shape != self.masks[n].shape
-        }:
+        if wrong := set(masks) ^ set(self.masks) or {n for n in masks if masks[n].shape != self.masks[n].shape}:
             raise UsageError(f"the saved masks do not fit the model; layers that differ: {', '.join(sorted(wrong))}")
         self._set_masks(masks)
         for name, fired in state["fired_masks"].items():
@@ -356,9 +375,9 @@ class Masking:
         else:
             name, function, meta = getattr(spec, "__name__", str(spec)), spec, {}
         if legacy.is_legacy(kind, function):
-            self._needs |= {"grad", "momentum"}
+            self.needs |= {"grad", "momentum"}
             return name, legacy.adapt(kind, function, self)
-        self._needs |= set(meta.get("needs", ()))
+        self.needs |= set(meta.get("needs", ()))
         options = {option: getattr(self, option) for option in meta.get("options", ())}
         return name, lambda layer, count: function(layer, **options)
 
@@ -386,6 +405,10 @@ class Masking:
                 self.fired_masks[name] = self.masks[name].clone()
             self.name2nonzeros[name] = int(mask.sum())
 
+    def active(self, name: str) -> Active:
+        """Positions of a layer's active weights."""
+        return self._active.of(name, self._mask(name))
+
     def _mask(self, name: str) -> Tensor:
         """The mask, on the device that the weight is on by now."""
         weight = self.weights[name]
@@ -394,14 +417,30 @@ class Masking:
             self.fired_masks[name] = self.fired_masks[name].to(weight.device)
         return self.masks[name]
 
-    def _mask_gradients(self) -> None:
+    def _split(self) -> tuple[dict[nn.Parameter, Active | None], list[str]]:
+        """The active set of each weight with a gradient, None where it is stepped densely, and the names of those
+        whose gradients are to be masked for that."""
+        sets, masked = {}, []
         for name, weight in self.weights.items():
-            if weight.grad is not None:
-                self._gradients.apply(name, weight.grad, self._mask(name), self.name2nonzeros[name])
+            if weight.grad is None:
+                continue
+            count, size = self.name2nonzeros[name], weight.numel()
+            sets[weight] = self.active(name) if count < PACK_BELOW * size else None
+            if PACK_BELOW * size <= count < size:
+                masked.append(name)
+        return sets, masked
+
+    @torch.no_grad()
+    def _mask_gradients(self, names: Iterable[str]) -> None:
+        for name in names:
+            grad = self.weights[name].grad.masked_fill_(~self._mask(name), 0)
+            self._masked_gradients[name] = grad, grad._version
 
     def _check_dense_gradients(self) -> None:
         for name, weight in self.weights.items():
-            if "grad" in self._needs and self._gradients.has_masked(name, weight.grad):
+            masked, version = self._masked_gradients.get(name, (None, None))
+            is_masked = masked is not None and weight.grad is masked and masked._version == version
+            if "grad" in self.needs and (is_masked or (self.engine and self.engine.holds_gradient(name))):
                 raise UsageError(
                     f"truncate_weights: the gradient of {name} was masked by step() already; "
                     "call it after backward() and before step(), or use update_frequency"
@@ -409,7 +448,7 @@ class Masking:
 
     @torch.no_grad()
     def _track_momentum(self) -> None:
-        if "momentum" not in self._needs:
+        if "momentum" not in self.needs:
             return
         factor = momentum_factor(self.optimizer)
         for name, weight in self.weights.items():
@@ -436,7 +475,7 @@ class Masking:
             mask=self._mask(name),
             fired=self.fired_masks[name],
             generator=self.generator,
-            dense_grad=None if grad is None or "grad" not in self._needs else distributed.mean(grad),
+            dense_grad=None if grad is None or "grad" not in self.needs else distributed.mean(grad),
             dense_momentum=None if momentum is None else distributed.mean(momentum),
         )
 

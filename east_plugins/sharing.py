@@ -15,7 +15,7 @@ from .ops.swap import Swapped, restore, swap
 from .registry import transform
 
 _CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
-_FORWARDS = {nn.Conv1d.forward, nn.Conv2d.forward, nn.Conv3d.forward}
+FORWARDS = {nn.Conv1d.forward, nn.Conv2d.forward, nn.Conv3d.forward}
 _SHORTCUTS = ("shortcut", "downsample", "skip")
 
 Block = dict[str, nn.Module]  # a block's convolutions that can be lent, by their name inside it
@@ -113,7 +113,7 @@ def _convolutions(block: nn.Module) -> Block:
     return {
         name: module
         for name, module in layers(block)
-        if name and type(module).forward in _FORWARDS and "weight" in module._parameters
+        if name and type(module).forward in FORWARDS and "weight" in module._parameters
         and not any(word in name.lower() for word in _SHORTCUTS)
     }
 
@@ -139,3 +139,8 @@ def _stages(blocks: list[Block]) -> list[list[Block]]:
         else:
             stages.append([block])
     return stages
+
+
+def scale_of(module: nn.Module) -> nn.Parameter | None:
+    """The scalar that a borrowing convolution multiplies its weight by; None for any other layer."""
+    return module.scale if isinstance(module, _Borrower) else None

@@ -7,6 +7,7 @@ import copy
 import json
 import logging
 import signal
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ from .masking import Masking
 from .ops.paths import effective_density
 from .progress import Progress
 from .schedules.density import Gradual, OneShot
+from .sparse import Engine
 
 logger = logging.getLogger(__name__)
 
@@ -86,6 +88,7 @@ class Trainer:
         milestones = [round(epoch * self.steps_per_epoch) for epoch in options.lr_drops]
         self.scheduler = torch.optim.lr_scheduler.MultiStepLR(self.optimizer, milestones, gamma=0.1)
         self.host = self._host()
+        self.engine = Engine(self.host, self.data.input_shape, options.engine)
         self.generator = torch.Generator().manual_seed(options.seed)
         self.epoch, self.step_in_epoch = 0, 0
         self.epoch_generator = self.generator.get_state()
@@ -222,6 +225,7 @@ class Trainer:
 
     def finish(self) -> dict[str, Any]:
         """Test the best network, once, and write the summary."""
+        self.engine.remove()  # the best network has masks of its own
         self.model.load_state_dict(self.best["model"])
         masks = self.best["masks"]
         nonzeros = sum(int(mask.sum()) for mask in masks.values())
@@ -243,6 +247,7 @@ class Trainer:
             "steps": self.host.steps,
             "epochs": self.epoch,
             "seconds": round(self.seconds, 2),
+            "peak_memory_mib": _peak_memory(self.device),
             "seed": self.options.seed,
             "weights_sha256": runs.digest({**self.best["model"], **{f"mask {n}": m for n, m in masks.items()}}),
         }
@@ -271,6 +276,7 @@ class Trainer:
                 "optimizer": self.optimizer.state_dict(),
                 "scheduler": self.scheduler.state_dict(),
                 "host": self.host.state_dict(),
+                "engine": self.engine.state_dict(),
                 "beta": self.beta,
                 "best": self.best,
                 "epoch": self.epoch,
@@ -290,7 +296,7 @@ class Trainer:
         state = runs.load_checkpoint(self.out / runs.CHECKPOINT, self.device)
         if self.phased and state["beta"] == 0:
             self.phased.remove(self.optimizer)
-        for name in ("model", "optimizer", "scheduler", "host"):
+        for name in ("model", "optimizer", "scheduler", "host", "engine"):
             getattr(self, name).load_state_dict(state[name])
         if self.phased:
             self.phased.beta = state["beta"]
@@ -313,6 +319,15 @@ def _optimizer(options: Config, model: nn.Module) -> torch.optim.Optimizer:
     if options.optimizer == "sgd":
         return torch.optim.SGD(parameters, momentum=options.momentum, nesterov=options.nesterov, **shared)
     return {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[options.optimizer](parameters, **shared)
+
+
+def _peak_memory(device: torch.device) -> float:
+    """Largest memory in use so far, MiB: the accelerator's, or on the CPU the whole process's."""
+    if device.type == "cuda":
+        return round(torch.cuda.max_memory_allocated(device) / 2**20, 1)
+    import resource  # not on every platform
+
+    return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10), 1)
 
 
 def _device(name: str | None) -> torch.device:

@@ -1,3 +1,9 @@
+import os
+
+# Tests' networks are tiny, and several test processes with OpenMP teams of their own on the same few cores spin in
+# its barriers for minutes. Set before torch is imported; child processes inherit it.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 import pytest
 import torch
 

@@ -8,7 +8,8 @@ and no parameter renamed; `remove` leaves the network as it was.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Sequence
+import threading
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -135,13 +136,35 @@ class _Redirect(TorchFunctionMode):
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
-        if func not in _RELU:
+        if func not in _RELU or _running.inside:
             return func(*args, **kwargs)
         x, inplace = _arguments(func, *args, **kwargs)
         if x.dim() < 2:
             return func(*args, **kwargs)
-        with torch._C.DisableTorchFunction():  # ReLUs inside the activation are no calls of an enclosing module
+        with _inside(x):
             return self.sites.next()(x, inplace)
+
+
+class _Running(threading.local):
+    inside = False  # an activation of this thread is running on a tensor-like
+
+
+_running = _Running()
+
+
+@contextlib.contextmanager
+def _inside(x) -> Iterator[None]:
+    """ReLUs inside an activation are no calls of an enclosing module. Tensor-likes (the sparse engine's) need their
+    own torch functions; tensors do without, which costs nothing."""
+    if isinstance(x, Tensor):
+        with torch._C.DisableTorchFunction():
+            yield
+        return
+    _running.inside = True
+    try:
+        yield
+    finally:
+        _running.inside = False
 
 
 class _Probe(TorchFunctionMode):

@@ -53,7 +53,8 @@ def matrix(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> 
     j = torch.arange(math.prod(shape[1:]), dtype=torch.float64, device="cpu")
     angle = _frequency(shape) * (2 * j + 1) / 2
     weight = (_scale(shape) * angle.cos()).reshape(out, *kernel, channels).movedim(-1, 1)
-    return weight.to(device, dtype).contiguous()
+    # `contiguous` would leave a 1x1 kernel the strides of channels-last, for which oneDNN takes another path
+    return torch.empty(shape, dtype=dtype, device=device).copy_(weight)
 
 
 @_constant

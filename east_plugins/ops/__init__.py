@@ -1,1 +1,1 @@
-"""Building blocks of the hosts: exact selection, integer budgets, maskable weights, optimizer state."""
+"""Building blocks of the hosts: exact selection, integer budgets, maskable weights, optimizer state, packed steps."""

@@ -8,7 +8,8 @@ channels in unknown ways.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import contextlib
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -42,18 +43,26 @@ class Wires:
 class Wiring:
     """Wires of every layer by its weight's name, the network's own inputs and outputs, and 1 + the largest number.
 
-    Layers that the forward pass does not call, or not with their weight alone, read and write number 0.
+    Layers that the forward pass does not call, or not with their weight alone, read and write number 0. `norms` are
+    the numbers of the channels that each of the given norms gets, number 0 where it is not called.
     """
 
     layers: dict[str, Wires]
+    norms: dict[str, Tensor]
     inputs: Tensor
     outputs: Tensor
     size: int
 
 
 @torch.no_grad()
-def trace(model: nn.Module, shapes: Mapping[str, Sequence[int]], input_shape: Sequence[int]) -> Wiring:
-    """Wiring of the layers whose weights have the given names and shapes; the model is left as it was."""
+def trace(
+    model: nn.Module,
+    shapes: Mapping[str, Sequence[int]],
+    input_shape: Sequence[int],
+    norms: Mapping[str, nn.Module] = {},
+) -> Wiring:
+    """Wiring of the layers whose weights have the given names and shapes, and of the given batch norms; the model is
+    left as it was."""
     names = list(shapes)
     device = next(model.parameters()).device
     weights = {  # the value tells which one it is; other parameters are ones
@@ -63,7 +72,8 @@ def trace(model: nn.Module, shapes: Mapping[str, Sequence[int]], input_shape: Se
     mode = _Trace(names)
     channels = mode.new(input_shape[0]).to(device)
     x = channels.view(1, -1, *[1] * (len(input_shape) - 1)).expand(1, *input_shape).clone()
-    outputs = run_with(model, weights, x.as_subclass(_Numbers), mode)
+    with mode.watching(norms):
+        outputs = run_with(model, weights, x.as_subclass(_Numbers), mode)
     label = mode.labels()
     zero = torch.zeros(1, 1, dtype=torch.long)
 
@@ -73,7 +83,11 @@ def trace(model: nn.Module, shapes: Mapping[str, Sequence[int]], input_shape: Se
 
     written = torch.cat([_numbers(output).flatten() for output in outputs if isinstance(output, _Numbers)])
     layers = {name: wires(name) for name in names}
-    return Wiring(layers, _distinct(label[_numbers(channels)]), _distinct(label[written]), len(label))
+    seen = {
+        name: label[mode.norms.get(name, torch.zeros(norm.num_features, dtype=torch.long))]
+        for name, norm in norms.items()
+    }
+    return Wiring(layers, seen, _distinct(label[_numbers(channels)]), _distinct(label[written]), len(label))
 
 
 class _Numbers(Tensor):
@@ -86,7 +100,25 @@ class _Trace(TorchFunctionMode):
         self.names = names
         self.count = 1
         self.layers: dict[str, tuple[Tensor, Tensor]] = {}
+        self.norms: dict[str, Tensor] = {}
         self.joined: list[Tensor] = []
+
+    @contextlib.contextmanager
+    def watching(self, norms: Mapping[str, nn.Module]) -> Iterator[None]:
+        """Note the numbers that each of the norms gets; one that is called twice has one set of channels."""
+
+        def note(name):
+            def hook(module, args):
+                numbers = _numbers(_along(args[0], 1))
+                self._couple(numbers, self.norms.setdefault(name, numbers))
+
+            return hook
+
+        with contextlib.ExitStack() as stack:
+            for name, norm in norms.items():
+                handle = norm.register_forward_pre_hook(note(name))
+                stack.callback(handle.remove)
+            yield
 
     def new(self, n: int) -> Tensor:
         self.count += n

@@ -29,9 +29,9 @@ def state_names(optimizer: torch.optim.Optimizer) -> tuple[str, ...]:
 
 
 def state_tensors(optimizer: torch.optim.Optimizer, weight: Tensor) -> list[Tensor]:
-    """The state tensors that exist so far for `weight`, each of the weight's shape."""
-    state = optimizer.state.get(weight, {})
-    return [state[name] for name in state_names(optimizer) if isinstance(state.get(name), Tensor)]
+    """The dense state tensors that exist so far for `weight`, each of the weight's shape (packed state is none)."""
+    tensors = (optimizer.state.get(weight, {}).get(name) for name in state_names(optimizer))
+    return [tensor for tensor in tensors if isinstance(tensor, Tensor) and tensor.shape == weight.shape]
 
 
 def momentum_factor(optimizer: torch.optim.Optimizer) -> float:

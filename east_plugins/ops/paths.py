@@ -79,13 +79,13 @@ def run_with(
         for name, parameter in model.named_parameters()
         if id(parameter) not in replaced and parameter.is_floating_point()
     }
-    with _plain_evaluation(model), torch.random.fork_rng([]), mode:
+    with plain_evaluation(model), torch.random.fork_rng([]), mode:
         outputs = torch.func.functional_call(model, others | dict(weights), (x,))
     return [output for output in tree_leaves(outputs) if isinstance(output, Tensor)]
 
 
 @contextlib.contextmanager
-def _plain_evaluation(model: nn.Module) -> Iterator[None]:
+def plain_evaluation(model: nn.Module) -> Iterator[None]:
     """Evaluation mode, phased activations off (their ReLUs run then), DCT layers as one product."""
     changes = []
     for module in model.modules():

@@ -20,7 +20,7 @@ def top_k(scores: Tensor, k: int, eligible: Tensor, generator: torch.Generator) 
         return torch.empty(0, dtype=torch.long, device=scores.device)
     if not any(scores.stride()):  # one value expanded over the layer: every position ties with every other
         return random_k(k, eligible, generator)
-    scores = torch.where(eligible, scores, -torch.inf).reshape(-1).nan_to_num_(nan=-torch.inf, posinf=torch.inf)
+    scores = torch.where(eligible, scores, -torch.inf).reshape(-1).nan_to_num_(-torch.inf, torch.inf, -torch.inf)
     candidates = _at_least_kth_block_maximum(scores, k, eligible.reshape(-1))
     values = scores[candidates]
     cut = values.topk(k, sorted=False).values.min()

@@ -70,3 +70,10 @@ def test_choose_gives_distinct_integers(n, data):
     k = data.draw(st.integers(0, n))
     drawn = choose(n, k, generator())
     assert len(drawn.unique()) == k and (k == 0 or 0 <= drawn.min() <= drawn.max() < n)
+
+
+def test_nan_scores_of_a_large_layer_still_give_exactly_k():
+    """More blocks than are wanted, and ineligible positions in all of them."""
+    scores, eligible = torch.full((50_000,), torch.nan), torch.rand(50_000, generator=generator()) < 0.5
+    chosen = top_k(scores, 5, eligible, generator())
+    assert len(chosen.unique()) == 5 and eligible[chosen].all()

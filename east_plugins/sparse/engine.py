@@ -1,0 +1,319 @@
+"""The engine: decides for every forward pass of a masked model what is computed, and how."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import math
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+
+from ..errors import UsageError
+from ..masking import Masking
+from ..ops import distributed
+from ..ops.active import Active
+from ..ops.maskable import layers, maskable, unwrap
+from ..ops.swap import restore, swap
+from ..sharing import scale_of
+from .layers import PLAIN, LayerPlan, NormPlan, Planned, Sink, Slot
+from .liveness import Liveness
+
+logger = logging.getLogger(__name__)
+
+ENGINES = ("auto", "dense", "sparse")
+
+Kept = Mapping[nn.Module, tuple[Tensor, ...]]  # channels of a layer (inputs, outputs) or norm
+Plans = Mapping[nn.Module, LayerPlan | NormPlan]
+
+
+class Engine:
+    """Sparse forward and backward passes for the model of a host, with the dense ones' results.
+
+        mask.add_module(model, density=0.0005, sparse_init="connected", input_shape=(3, 32, 32))
+        engine = Engine(mask, input_shape=(3, 32, 32))
+
+    Nothing else changes in the script. Convolutions and linear layers sum over their active weights; channels that no
+    active weight touches are left out of everything, where that is exact for the network (`liveness`). The model's own
+    forward runs. On the step before a topology update by a rule that needs the dense gradient, everything is dense.
+
+    Gradients of weights appear in `.grad` as dense tensors that are zero at inactive weights. They do not pass through
+    autograd's accumulation: hooks on those parameters are not called, and `torch.autograd.grad` of them gives None.
+
+    Args:
+        host: our host, after `add_module`.
+        input_shape: (channels, height, width) of one input.
+        engine: "sparse"; "dense", which attaches nothing; or "auto": per batch size and number of active weights
+            whichever of both is faster, measured on this machine.
+    """
+
+    def __init__(self, host: Masking, input_shape: Sequence[int], engine: str = "auto"):
+        if engine not in ENGINES:
+            raise UsageError(f"--engine must be one of {', '.join(ENGINES)}, got {engine!r}")
+        self.host, self.input_shape, self.choice = host, tuple(input_shape), engine
+        self.model = unwrap(host.modules[0])
+        self.reason = "it was asked for" if engine == "dense" else _cannot(host, self.model)
+        self._slots: dict[nn.Module, Slot] = {}
+        self._sinks: dict[str, Sink] = {}
+        self._plans: Plans | None = None
+        self._masks: tuple | None = None
+        self._liveness: Liveness | None = None
+        self._weights = maskable(self.model)
+        named = {id(weight): name for name, weight in self._weights.items()}
+        self._names = {module: named[id(module.weight)] for _, module in layers(self.model)}
+        self._versions: list[int] | None = None
+        self._foreign = False
+        self._narrow = True
+        self._forced: list[Plans | None] = []
+        self._seconds: dict[tuple, float] = {}
+        self._handles: list[Any] = []
+        if self.reason is None:
+            self._attach()
+        elif engine != "dense":
+            logger.warning("the engine is dense: %s", self.reason)
+
+    def remove(self) -> None:
+        """Leave the model as it was before."""
+        for module in self._slots:
+            restore(module)
+            del module.east_slot
+        for handle in self._handles:
+            handle.remove()
+        self._slots, self._handles, self.host.engine = {}, [], None
+
+    @property
+    def dense(self) -> bool:
+        """Whether every forward pass is dense."""
+        return self.reason is not None
+
+    def holds_gradient(self, name: str) -> bool:
+        """Whether the gradient of a weight is one of active values only."""
+        return name in self._sinks and self._sinks[name].holds_gradient()
+
+    def stepped(self) -> None:
+        """Called by the host at the end of a step: whatever changed in the weights since the last one was its own."""
+        self._versions = [weight._version for weight in self._weights.values()]
+
+    def state_dict(self) -> dict[str, Any]:
+        """The times that `auto` has measured: with them a resumed run chooses alike."""
+        return {"seconds": list(self._seconds.items())}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self._seconds = {tuple(key): seconds for key, seconds in state["seconds"]}
+
+    # ------------------------------------------------------------------ around every forward pass
+
+    def _attach(self) -> None:
+        for module in (*self._names, *filter(_is_norm, self.model.modules())):
+            module.east_slot = self._slots[module] = Slot()
+            swap(module, Planned)
+        self._handles = [
+            self.model.register_forward_pre_hook(_Hook(self._enter)),
+            self.model.register_forward_hook(_Hook(self._leave), always_call=True),
+        ]
+        self.host.engine = self
+
+    @torch.compiler.disable
+    def _enter(self, model: nn.Module, args: tuple) -> None:
+        plans = self._forced[-1] if self._forced else self._choose(args[0])
+        for module, slot in self._slots.items():
+            slot.plan = plans.get(module) if plans else None
+
+    @torch.compiler.disable
+    def _leave(self, model: nn.Module, args: tuple, output: Any) -> None:
+        for slot in self._slots.values():
+            slot.plan = None
+
+    def _choose(self, x: Tensor) -> Plans | None:
+        """The plans of a forward pass, None for a dense one."""
+        if self.dense or not self._weights_are_the_hosts() or not self._inactive_are_zero():
+            return None
+        if self.model.training and torch.is_grad_enabled() and self.host.dense_gradient_next:
+            return None
+        masks = (*((id(mask), mask._version) for mask in self.host.masks.values()), _reads_all_channels(self.model))
+        if masks != self._masks:
+            self._plans, self._masks = self._plan(x), masks
+        if self._plans is not None and self.choice == "auto" and self._is_slower(x):
+            return None
+        return self._plans
+
+    def _weights_are_the_hosts(self) -> bool:
+        """False inside `functional_call` and in replicas, whose weights are other tensors."""
+        return all(module.weight is self._weights[name] for module, name in self._names.items())
+
+    def _inactive_are_zero(self) -> bool:
+        """Whether the weights are those of the masks; looked at where somebody else than the host wrote to them."""
+        versions = [weight._version for weight in self._weights.values()]
+        if versions != self._versions:
+            self._versions = versions
+            self._foreign = any(bool(self._weights[n][~mask].any()) for n, mask in self.host.masks.items())
+            if self._foreign:
+                logger.warning("dense passes: the model holds weights that the host's masks do not know")
+        return not self._foreign
+
+    # ------------------------------------------------------------------ planning, once for a topology
+
+    def _plan(self, x: Tensor) -> Plans | None:
+        sinks = {}
+        for name, weight in self._weights.items():
+            masked = name in self.host.masks
+            active = self.host.active(name) if masked else Active(torch.ones_like(weight, dtype=torch.bool))
+            sinks[name] = Sink(weight, active, self._sinks.get(name))
+        self._sinks = sinks
+        for kept in self._candidates():
+            plans = self._plans_for(kept, self._sinks)
+            if self._agrees(plans):
+                return plans
+        self.reason = "the sparse computation of this network gives another result than the dense one"
+        logger.warning("the engine is dense from now on: %s", self.reason)
+        return None
+
+    def _candidates(self) -> Iterator[Kept]:
+        """The touched channels, then all channels, for networks that mix them in ways of their own."""
+        if self._narrow:
+            with self._forcing(None):
+                self._liveness = self._liveness or Liveness(self.model, self.input_shape)
+            yield self._liveness.kept(self.host.masks)
+            logger.warning("all channels are computed: the network does more with them than the engine can follow")
+            self._narrow = False
+        yield _all_channels(self._slots)
+
+    def _plans_for(self, kept: Kept, sinks: dict[str, Sink]) -> Plans:
+        split = _reads_all_channels(self.model)
+        return {
+            module: LayerPlan(module, sinks[self._names[module]], *kept[module], split) if module in self._names
+            else NormPlan(module, *kept[module])
+            for module in self._slots
+        }  # fmt: skip
+
+    @torch.no_grad()
+    def _agrees(self, plans: Plans) -> bool:
+        """Whether a small random batch comes out as from the dense network, in evaluation."""
+        like = next(iter(self.host.weights.values()))
+        x = torch.randn(2, *self.input_shape, generator=torch.Generator().manual_seed(0)).to(like)
+        try:
+            with _evaluation(self.model), torch.autocast(x.device.type, enabled=False):
+                sparse, dense = self._run(x, plans), self._run(x, None)
+        except (RuntimeError, IndexError, TypeError, AttributeError) as error:
+            logger.info("the network cannot run on fewer channels: %s", str(error).splitlines()[0])
+            return False
+        scale = max(float(dense.abs().max()), 1e-30)
+        return not math.isfinite(scale) or float((sparse - dense).abs().max()) <= 1e-3 * scale
+
+    def _run(self, x: Tensor, plans: Plans | None, buffers: Mapping[str, Tensor] = {}) -> Tensor:
+        """All of the model's outputs in one vector, with plans and buffers of our choice."""
+        with self._forcing(plans):
+            outputs = tree_leaves(torch.func.functional_call(self.model, dict(buffers), (x,)))
+        return torch.cat([output.float().flatten() for output in outputs if isinstance(output, Tensor)])
+
+    @contextlib.contextmanager
+    def _forcing(self, plans: Plans | None) -> Iterator[None]:
+        self._forced.append(plans)
+        try:
+            yield
+        finally:
+            self._forced.pop()
+
+    # ------------------------------------------------------------------ measuring, for `auto`
+
+    def _is_slower(self, x: Tensor) -> bool:
+        """Whether the sparse passes take longer than the dense ones, as measured once for about so many weights."""
+        size = sum(len(sink.active) for sink in self._sinks.values())
+        mode = self.model.training and torch.is_grad_enabled()
+        dense = (*x.shape, str(x.dtype), mode)
+        sparse = (*dense, round(2 * math.log2(size)))
+        for key, plans in ((sparse, self._plans), (dense, None)):
+            if key not in self._seconds:
+                self._seconds[key] = self._measure(x, plans, mode)
+        return self._seconds[sparse] > self._seconds[dense]
+
+    def _measure(self, x: Tensor, plans: Plans | None, backward: bool) -> float:
+        """Seconds of a forward (and backward) pass, the better of two; nothing in the model changes."""
+        if plans is not None:
+            plans = {module: plan.apart() for module, plan in plans.items()}
+        gradients = [(parameter, parameter.grad) for parameter in self.model.parameters()]
+        buffers = {name: buffer.clone() for name, buffer in self.model.named_buffers()}
+        times = []
+        try:
+            with torch.random.fork_rng([] if x.device.type == "cpu" else [x.device], device_type=x.device.type):
+                for _ in range(2):
+                    for parameter, _ in gradients:
+                        parameter.grad = None
+                    began = time.perf_counter()
+                    total = self._run(x.detach(), plans, buffers).sum()
+                    if backward:
+                        total.backward()
+                    total.detach().item()  # waits for the device
+                    times.append(time.perf_counter() - began)
+        finally:
+            for parameter, gradient in gradients:
+                parameter.grad = gradient
+        return min(times)
+
+
+class _Hook:
+    """A hook of one model: copies and pickles of the model get one that does nothing."""
+
+    def __init__(self, function: Callable | None = None):
+        self.function = function
+
+    def __call__(self, *args) -> None:
+        if self.function is not None:
+            self.function(*args)
+
+    def __deepcopy__(self, memo):
+        return _Hook()
+
+    def __reduce__(self):
+        return _Hook, ()
+
+
+def _cannot(host: Masking, model: nn.Module) -> str | None:
+    """Why an engine cannot compute this model for this host."""
+    if "momentum" in host.needs:
+        return "a rule needs the dense gradient at every step"
+    if distributed.active():
+        return "DistributedDataParallel reduces dense gradients"
+    for name, module in layers(model):
+        plain = type(module).forward in PLAIN or scale_of(module) is not None
+        if not plain or "weight" not in module._parameters:
+            return f"layer {name} ({type(module).__name__}) computes with its weight in its own way"
+    return None
+
+
+def _is_norm(module: nn.Module) -> bool:
+    return isinstance(module, (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d))
+
+
+@contextlib.contextmanager
+def _evaluation(model: nn.Module) -> Iterator[None]:
+    training = [module for module in model.modules() if module.training]
+    try:
+        for module in training:
+            module.training = False
+        yield
+    finally:
+        for module in training:
+            module.training = True
+
+
+def _reads_all_channels(model: nn.Module) -> bool:
+    """Whether activations of a plugin read means of all channels, as DyReLU does."""
+    return any(
+        getattr(module, "east_plugin", False) and any(True for _ in module.parameters()) for module in model.modules()
+    )
+
+
+def _all_channels(modules: Iterable[nn.Module]) -> Kept:
+    kept = {}
+    for module in modules:
+        if _is_norm(module):
+            kept[module] = (torch.arange(module.num_features),)
+        else:
+            outputs, inputs = module.weight.shape[:2]
+            kept[module] = torch.arange(inputs * getattr(module, "groups", 1)), torch.arange(outputs)
+    return kept

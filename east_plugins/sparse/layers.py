@@ -1,0 +1,246 @@
+"""Convolutions, linear layers and batch norms that compute a part of their channels while an engine says so."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.conv import _ConvNd
+
+from ..ops.active import Active
+from ..ops.swap import Swapped
+from ..sharing import scale_of
+from .norm import normalise, normalise_with
+from .split import Channels, Split
+from .taps import TapConvolution, supported
+
+#: Forward methods of the layers that a plan can stand in for.
+PLAIN = {nn.Conv1d.forward, nn.Conv2d.forward, nn.Conv3d.forward, nn.Linear.forward}
+_CONVOLVE = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
+
+
+class Slot:
+    """Holds a module's plan during a forward pass. Copies and pickles of the module get an empty one."""
+
+    plan: Any = None
+
+    def __deepcopy__(self, memo):
+        return Slot()
+
+    def __reduce__(self):
+        return Slot, ()
+
+
+class Planned(Swapped):
+    """Mixed into the class of every layer and norm of a model with an engine."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        plan = self.east_slot.plan
+        return super().forward(x) if plan is None else plan(x)
+
+
+class Sink:
+    """Where the gradient of a weight's active values goes: the weight's `grad`, a dense tensor that is zero elsewhere.
+
+    The tensor is kept between steps, and only its active entries are written, so that no step pays for a dense one.
+    """
+
+    def __init__(self, weight: nn.Parameter, active: Active, before: Sink | None = None):
+        self.weight, self.active = weight, active
+        self.buffer, self.version = None, None
+        if before is not None and before.is_clean():
+            self.buffer = before.buffer
+            self.buffer[before.active.coordinates] = 0
+            self.version = self.buffer._version
+
+    def is_clean(self) -> bool:
+        """Whether the buffer was written to by nobody else since."""
+        return self.buffer is not None and self.buffer._version == self.version
+
+    def holds_gradient(self) -> bool:
+        return self.weight.grad is not None and self.weight.grad is self.buffer
+
+    def add(self, gradient: Tensor) -> None:
+        if self.weight.grad is not None:
+            self.weight.grad[self.active.coordinates] += gradient
+        else:
+            if not self.is_clean():
+                self.buffer = torch.zeros_like(self.weight)
+            self.buffer[self.active.coordinates] = gradient
+            self.weight.grad = self.buffer
+        self.version = self.weight.grad._version
+
+
+class _ActiveValues(torch.autograd.Function):
+    """The active values of a weight; their gradient goes to the sink and not through autograd, which would spread it
+    over a dense tensor at every step."""
+
+    @staticmethod
+    def forward(ctx, weight: Tensor, sink: Sink) -> Tensor:
+        ctx.sink = sink
+        return sink.active.values(weight)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, gradient: Tensor):
+        ctx.sink.add(gradient)
+        return None, None
+
+
+class LayerPlan:
+    """A convolution or linear layer over compact channels.
+
+    Args:
+        inputs, outputs: the channels that the input has and that the output gets; int64, ascending.
+        split: whether a convolution's other channels go on as a constant of each image, see `split`.
+    """
+
+    def __init__(self, module: nn.Module, sink: Sink, inputs: Tensor, outputs: Tensor, split: bool = False):
+        self.module, self.sink = module, sink
+        target, source, *place = sink.active.coordinates
+        groups = getattr(module, "groups", 1)
+        source = source + target // (module.weight.shape[0] // groups) * module.weight.shape[1]
+        sizes = module.weight.shape[0], module.weight.shape[1] * groups
+        self.shape = (len(outputs), len(inputs), *module.weight.shape[2:])
+        device = sink.active.flat.device
+        target, source = (
+            _numbering(kept, size).to(device)[channels]
+            for channels, kept, size in zip((target, source), (outputs, inputs), sizes, strict=True)
+        )
+        self.coordinates = (target, source, *place)
+        self.outputs = None if len(outputs) == sizes[0] else outputs.to(device)
+        self.split = _channels(outputs, sizes[0]) if split and isinstance(module, nn.Conv2d) else None
+        self._taps: TapConvolution | None = None
+
+    def __call__(self, x: Tensor | Split) -> Tensor | Split:
+        y = self._product(x.kept if isinstance(x, Split) else x)
+        if self.split is None:
+            return y
+        rest = y.new_zeros(1, len(self.split.rest), 1, 1)
+        if self.module.bias is not None:
+            rest = rest + self.module.bias[self.split.rest].view(-1, 1, 1)
+        return Split(y, rest, self.split)
+
+    def _product(self, x: Tensor) -> Tensor:
+        module = self.module
+        values = _ActiveValues.apply(module.weight, self.sink)
+        if (scale := scale_of(module)) is not None:
+            values = values * scale
+        bias = module.bias if module.bias is None or self.outputs is None else module.bias[self.outputs]
+        if supported(module, x):
+            y = self.taps(x, values)
+            return y if bias is None else y + bias.view(-1, 1, 1)
+        weight = values.new_zeros(self.shape).index_put(self.coordinates, values)
+        return F.linear(x, weight, bias) if isinstance(module, nn.Linear) else _convolve(module, x, weight, bias)
+
+    def apart(self) -> LayerPlan:
+        """The same plan with a sink of its own, for a pass whose gradient nobody wants."""
+        plan = copy.copy(self)
+        plan.sink = Sink(self.sink.weight, self.sink.active)
+        return plan
+
+    @property
+    def taps(self) -> TapConvolution:
+        if self._taps is None:
+            self._taps = TapConvolution(self.module, *self.coordinates, *self.shape[:2])
+        return self._taps
+
+
+def _numbering(kept: Tensor, size: int) -> Tensor:
+    """The compact number of each of `size` channels; -1 for one that is left out."""
+    numbers = torch.full((size,), -1)
+    numbers[kept] = torch.arange(len(kept))
+    return numbers
+
+
+def _convolve(module: _ConvNd, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """As the module convolves, but with another weight, and one group."""
+    padding = module.padding
+    if module.padding_mode != "zeros":
+        x, padding = F.pad(x, module._reversed_padding_repeated_twice, mode=module.padding_mode), 0
+    return _CONVOLVE[weight.dim() - 2](x, weight, bias, module.stride, padding, module.dilation)
+
+
+class NormPlan:
+    """A batch norm over compact channels, with the running statistics of all.
+
+    A channel that is left out is zero before the norm, so that its mean and variance are zero.
+    """
+
+    def __init__(self, module: _BatchNorm, channels: Tensor):
+        self.module = module
+        whole = len(channels) == module.num_features
+        self.channels = slice(None) if whole else channels.to(_device(module))
+
+    def __call__(self, x: Tensor | Split) -> Tensor | Split:
+        if not isinstance(x, Split):
+            y, *found = self._kept(x)
+            self._track((self.channels, *found))
+            return y
+        y, *found = self._kept(x.kept)
+        rest, *constant = self._constants(x.rest, x.channels.rest, x.kept[:, 0].numel())
+        self._track((self.channels, *found), (x.channels.rest, *constant))
+        return Split(y, rest, x.channels)
+
+    @property
+    def _uses_running(self) -> bool:
+        return not self.module.training and self.module.running_mean is not None
+
+    def _kept(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """The norm of kept channels, and its statistics."""
+        module, kept = self.module, self.channels
+        weight, bias = (None if p is None else p[kept] for p in (module.weight, module.bias))
+        if self._uses_running:
+            mean, variance = module.running_mean[kept], module.running_var[kept]
+            return normalise_with(x, mean, variance, weight, bias, module.eps), mean, variance
+        return normalise(x, weight, bias, module.eps)
+
+    def _constants(self, x: Tensor, channels: Tensor, count: int) -> tuple[Tensor, Tensor, Tensor]:
+        """The same for channels that are constants of an image, [N or 1, channels, 1, 1], of `count` numbers in all."""
+        module = self.module
+        weight, bias = (None if p is None else p[channels].view(-1, 1, 1) for p in (module.weight, module.bias))
+        if self._uses_running:
+            mean, variance = (t[channels].view(-1, 1, 1) for t in (module.running_mean, module.running_var))
+        else:
+            variance, mean = torch.var_mean(x, 0, correction=0)
+        y = (x - mean) * (variance + module.eps).rsqrt()
+        y = y if weight is None else y * weight
+        y = y if bias is None else y + bias
+        return y, mean.flatten(), variance.flatten() * (count / max(1, count - 1))
+
+    def apart(self) -> NormPlan:
+        return self
+
+    @torch.no_grad()
+    def _track(self, *parts: tuple[Tensor, Tensor, Tensor]) -> None:
+        """Move the running statistics towards those of some channels; all others are zero before the norm."""
+        module = self.module
+        if not module.training or module.running_mean is None:
+            return
+        share = self._share()
+        module.num_batches_tracked.add_(1)
+        for running in (module.running_mean, module.running_var):
+            running.mul_(1 - share)
+        for channels, mean, variance in parts:
+            module.running_mean[channels] += share * mean
+            module.running_var[channels] += share * variance
+
+    def _share(self) -> float:
+        """Share of this batch in the running statistics; without a momentum they are the plain average over batches."""
+        momentum = self.module.momentum
+        return 1 / (float(self.module.num_batches_tracked) + 1) if momentum is None else momentum
+
+
+def _channels(kept: Tensor, count: int) -> Channels | None:
+    """None where all are kept."""
+    rest = torch.ones(count, dtype=torch.bool)
+    rest[kept] = False
+    return Channels(kept, rest.nonzero().squeeze(1)) if rest.any() else None
+
+
+def _device(module: nn.Module) -> torch.device | None:
+    return next((tensor.device for tensor in (*module.parameters(), *module.buffers())), None)

@@ -1,0 +1,151 @@
+"""Convolution as a sum over active weights ("taps"), on tensors whose images lie side by side in memory.
+
+Such a tensor of logical shape [N, C, H, W] lies in memory as [C, H, W, N] ("planes"): every tap is then a run of
+multiply-adds on neighbouring numbers for any stride and padding, and PyTorch's elementwise operations keep the layout.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from . import kernel
+
+
+def planes(x: Tensor) -> Tensor:
+    """[N, C, H, W] as contiguous [C, H, W, N]; a view where it lies so already."""
+    return x.permute(1, 2, 3, 0).contiguous()
+
+
+def in_planes(x: Tensor) -> bool:
+    return x.dim() == 4 and x.permute(1, 2, 3, 0).is_contiguous()
+
+
+def supported(module: nn.Module, x: Tensor) -> bool:
+    """Whether `TapConvolution` can stand in for the module on this input."""
+    return (
+        isinstance(module, nn.Conv2d)
+        and module.padding_mode == "zeros"
+        and not isinstance(module.padding, str)
+        and x.device.type == "cpu"
+        and x.dim() == 4
+        and module.weight.dtype in kernel.REAL
+        and kernel.load(module.weight.dtype) is not None
+    )
+
+
+class TapConvolution:
+    """The taps of one convolution in compact channel numbers, planned once for a mask.
+
+    Args:
+        module: the nn.Conv2d that stride, padding, dilation and kernel size are taken from.
+        target, source, row, column: output channel, input channel, and place in the kernel of every active weight,
+            in the order of the output channels; integer tensors [taps].
+        outputs, inputs: numbers of compact channels.
+    """
+
+    def __init__(
+        self, module: nn.Conv2d, target: Tensor, source: Tensor, row: Tensor, column: Tensor, outputs: int, inputs: int
+    ):
+        self.stride, self.padding, self.dilation = module.stride, module.padding, module.dilation
+        self.kernel_size = module.kernel_size
+        self.outputs, self.inputs = outputs, inputs
+        self.target, self.source, self.row, self.column = (t.int() for t in (target, source, row, column))
+        self.by_output = _Side(self.target, outputs, self.source, self.row, self.column, None)
+        order = torch.argsort(source, stable=True)
+        sorted_taps = (t[order].contiguous() for t in (self.source, self.target, self.row, self.column))
+        key, read, row, column = sorted_taps
+        self.by_input = _Side(key, inputs, read, row, column, order.int())
+
+    def __call__(self, x: Tensor, values: Tensor) -> Tensor:
+        """[N, inputs, H, W] and the active values [taps] to [N, outputs, H', W'], both differentiable."""
+        return _Convolve.apply(x.to(values.dtype), values, self)
+
+    def geometry(self, height: int, width: int) -> _Geometry:
+        sizes = zip((height, width), self.kernel_size, self.stride, self.padding, self.dilation, strict=True)
+        return _Geometry(*(_Axis(*size) for size in sizes))
+
+
+class _Side:
+    """Taps sorted by the channel they write: those of channel c are begin[c] to begin[c + 1]."""
+
+    def __init__(self, key, channels, read, row, column, order):
+        counts = torch.bincount(key, minlength=channels)
+        self.begin = torch.cat([counts.new_zeros(1), counts.cumsum(0)]).int()
+        self.channels, self.most = channels, int(counts.max()) if len(key) else 0
+        self.read, self.row, self.column, self.order = read, row, column, order
+
+
+class _Axis:
+    """Sizes of one axis, and which place is read for a place that is written: int32 [kernel, written], -1 for none."""
+
+    def __init__(self, size: int, kernel: int, stride: int, padding: int, dilation: int):
+        self.size, self.kernel = size, kernel
+        self.out = (size + 2 * padding - dilation * (kernel - 1) - 1) // stride + 1
+        self.forward, self.backward = _places(size, self.out, kernel, stride, padding, dilation)
+
+
+@functools.cache
+def _places(size: int, out: int, kernel: int, stride: int, padding: int, dilation: int) -> tuple[Tensor, Tensor]:
+    offset = torch.arange(kernel)[:, None] * dilation - padding
+    read = torch.arange(out) * stride + offset
+    forward = torch.where((read >= 0) & (read < size), read, -1)
+    shifted = torch.arange(size) - offset
+    inside = (shifted >= 0) & (shifted % stride == 0) & (shifted // stride < out)
+    return forward.int(), torch.where(inside, shifted // stride, -1).int()
+
+
+class _Geometry:
+    def __init__(self, rows: _Axis, columns: _Axis):
+        self.rows, self.columns = rows, columns
+
+    def struct(self, images: int, most: int, backward: bool = False) -> kernel.Geometry:
+        rows, columns = self.rows, self.columns
+        out, source = (rows.out, columns.out), (rows.size, columns.size)
+        written, read = (source, out) if backward else (out, source)
+        tables = (rows.backward, columns.backward) if backward else (rows.forward, columns.forward)
+        pointers = map(Tensor.data_ptr, tables)
+        return kernel.Geometry(images, *written, *read, rows.kernel, columns.kernel, most, *pointers)
+
+
+class _Convolve(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x: Tensor, values: Tensor, taps: TapConvolution) -> Tensor:
+        x, values = planes(x), values.contiguous()
+        _, height, width, images = x.shape
+        geometry = taps.geometry(height, width)
+        out = x.new_empty(taps.outputs, geometry.rows.out, geometry.columns.out, images)
+        _gather(geometry.struct(images, taps.by_output.most), taps.by_output, values, x, out)
+        ctx.save_for_backward(x, values)
+        ctx.taps, ctx.geometry = taps, geometry
+        return out.permute(3, 0, 1, 2)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad: Tensor):
+        x, values = ctx.saved_tensors
+        taps, geometry, images = ctx.taps, ctx.geometry, x.shape[3]
+        grad, grad_x, grad_values = planes(grad), None, None
+        if ctx.needs_input_grad[0]:
+            grad_x = torch.empty_like(x)
+            struct = geometry.struct(images, taps.by_input.most, backward=True)
+            _gather(struct, taps.by_input, values, grad, grad_x)
+            grad_x = grad_x.permute(3, 0, 1, 2)
+        if ctx.needs_input_grad[1]:
+            total = torch.empty(len(values), dtype=torch.float64)
+            where = (taps.target, taps.source, taps.row, taps.column)
+            kernel.load(x.dtype).weight_gradient(
+                ctypes.byref(geometry.struct(images, 0)), len(values), *map(kernel.pointer, (*where, grad, x, total))
+            )
+            grad_values = total.to(values.dtype)
+        return grad_x, grad_values, None
+
+
+def _gather(struct: kernel.Geometry, side: _Side, values: Tensor, x: Tensor, out: Tensor) -> None:
+    tensors: Sequence[Tensor | None] = (side.begin, side.read, side.row, side.column, side.order, values, x, out)
+    kernel.load(x.dtype).gather(ctypes.byref(struct), side.channels, *map(kernel.pointer, tensors))
+
