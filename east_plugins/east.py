@@ -31,16 +31,22 @@ class EastOptions:
     cyclic: bool = option(False, "cyclic sparsity: the density swings up and back, then stays at the target")
     cyclic_pattern: str = option("triangular", "shape of a cycle", choices=sorted(PATTERNS))
     cyclic_cycles: int = option(2, "number of cycles", type=int)
-    cyclic_length: float | None = option(None, "epochs of the first cycle (default: 50 of 250)", type=float)
+    cyclic_length: float | None = option(
+        None, "epochs of the first cycle (default: a fifth of the run, as 50 of 250)", type=float
+    )
     cyclic_multiplier: float = option(10.0, "peak density as a multiple of the target", type=float)
     cyclic_length_mult: float = option(1.0, "length of each cycle as a multiple of the one before", type=float)
     cyclic_update_frequency: int | None = option(
-        None, "steps between topology updates inside the cycles (default: 350 of 250 epochs' steps)", type=int
+        None,
+        "steps between topology updates inside the cycles (default: the run's steps / 279, as 350 of 97,750)",
+        type=int,
     )
     dyrelu: bool = option(False, "phased activation: DyReLU for every ReLU at first, plain ReLU at the end")
-    dyrelu_type: str = option("b", "a, b or c of DyReLU, or any activation factory's name, or module:factory")
+    dyrelu_type: str = option(
+        "b", "DyReLU-A, -B or -C, the name of any activation factory (`plugins` lists them), or module:factory"
+    )
     dyrelu_reduction: int | None = option(
-        None, "channels of DyReLU's hidden layer: one in this many (default: 4)", type=int
+        None, "DyReLU's hidden layer has a channel for every N of its input (default: 4)", type=int
     )
     dyrelu_start: float | None = option(
         None, "epoch at which the phase-out starts (default: half of its end)", type=float

@@ -41,23 +41,34 @@ from .masking import Masking, unwrap
 logger = logging.getLogger(__name__)
 
 HOST_NAMES = ("Masking", "RigLScheduler")
+HELP = """Runs SCRIPT as `python SCRIPT` would (with --module as `python -m`): its own arguments, folder and exit code.
+EAST is attached to the host of masks that it builds. Without --east-* flags its results are those of plain python."""
 
 
 @dataclass(frozen=True)
 class RunOptions:
     """What `run` needs to know beside the tricks."""
 
-    host: str = option("script", "who owns the masks: the script's own host, or ours in its place",
-                       choices=["script", "own"])
-    epochs: float | None = option(None, "epochs of the run, where they are not found in the script", type=float)
-    steps_per_epoch: int | None = option(None, "steps of an epoch, where the script has no DataLoader", type=int)
-    state: str | None = option(None, "write masks, fired weights and step here at the end", metavar="FILE")
+    host: str = option(
+        "script", "who owns the masks: the host that the script builds, or in its place the Masking of east_plugins "
+        "with the same settings", choices=["script", "own"],
+    )  # fmt: skip
+    epochs: float | None = option(
+        None, "epochs of the run (default: read off the decay of the prune rate, else the script's own --epochs)",
+        type=float,
+    )  # fmt: skip
+    steps_per_epoch: int | None = option(
+        None, "steps of an epoch (default: those of the script's longest shuffled DataLoader)", type=int
+    )
+    state: str | None = option(
+        None, "file to save the last masks, fired weights and step to; torch.load reads it", metavar="FILE"
+    )
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
     """Add the `--east-*` flags to a script's parser; ones that are not given leave no trace in its namespace."""
     east.add_flags(parser)
-    flags.add_flags(parser.add_argument_group("EAST in a script"), RunOptions, prefix="east_")
+    flags.add_flags(parser.add_argument_group("attaching to a script"), RunOptions, prefix="east_")
 
 
 def activate(args: argparse.Namespace) -> None:
@@ -79,8 +90,12 @@ def activate(args: argparse.Namespace) -> None:
 
 def main(argv: Sequence[str]) -> int:
     """The command `run`; the exit code is the script's."""
-    parser = flags.Parser(prog="east_plugins run", usage="%(prog)s [--module] SCRIPT [its arguments] [--east-* flags]",
-                          add_help=False)
+    parser = flags.Parser(
+        prog="python -m east_plugins run",
+        usage="%(prog)s [--module] SCRIPT [its arguments] [--east-* flags]",
+        description=HELP,
+        add_help=False,
+    )
     add_flags(parser)
     shims.add_flags(parser)
     mine, rest = split(argv, parser)
@@ -96,7 +111,7 @@ def main(argv: Sequence[str]) -> int:
         folder = _enter_script(stack, script[0], arguments, by_name)
         stack.enter_context(_lend_host())
         stack.enter_context(shims.installed(given.pop("east_compat", None), folder))
-        activation = Activation(given) if given else None
+        activation = Activation(given, ours=frozenset(sys.modules) - {"__main__"}) if given else None
         if activation:
             stack.callback(activation.uninstall)
             activation.install()
@@ -109,7 +124,7 @@ def main(argv: Sequence[str]) -> int:
             if end.code not in (None, 0):
                 raise
             if {"-h", "--help"} & set(arguments):
-                print("\n" + parser.format_help().partition("\n\n")[2])
+                print("\n" + "".join(parser.format_help().partition("EAST (")[1:]))
                 raise
         if activation:
             activation.close()
@@ -193,9 +208,13 @@ def _lend_host() -> Iterator[None]:
 
 
 class Activation:
-    """EAST in this process, attached to every host that is built while it is installed."""
+    """EAST in this process, attached to every host that is built while it is installed.
 
-    def __init__(self, given: Mapping[str, Any]):
+    `ours` names the modules that are not the script's: host classes in them are no sign of a script with a host.
+    """
+
+    def __init__(self, given: Mapping[str, Any], ours: frozenset[str] = frozenset()):
+        self.ours = ours
         self.given = dict(given)
         self.options = east.from_flags(given)
         names = (field for field in RunOptions.__dataclass_fields__ if f"east_{field}" in given)
@@ -256,11 +275,11 @@ class Activation:
     # ------------------------------------------------------------------ hosts
 
     def _find_hosts(self) -> None:
-        for module in list(sys.modules.values()):
+        for module_name, module in list(sys.modules.items()):
             names = getattr(module, "__dict__", {})
             for cls in (names.get(name) for name in HOST_NAMES):
                 if isinstance(cls, type):
-                    self._host_in_sight |= not str(names.get("__name__")).startswith("east_plugins")
+                    self._host_in_sight |= not (module_name in self.ours or module_name.startswith("east_plugins"))
                     self._watch(cls)
 
     def _watch(self, cls: type) -> None:

@@ -108,9 +108,14 @@ def _changed(path: Path, patch: Patch, reverse: bool) -> bytes:
 
 def main(argv: Sequence[str]) -> int:
     """The command `patch`."""
-    parser = flags.Parser(prog="east_plugins patch", description="Add the --east-* flags to a published script.")
-    parser.add_argument("checkout", type=Path, metavar="CHECKOUT", help="folder of a checkout")
-    parser.add_argument("--reverse", action="store_true", help="take the patch out again")
+    parser = flags.Parser(
+        prog="python -m east_plugins patch",
+        description="Adds the --east-* flags to the published scripts in a checkout, for people who keep a fork: three "
+        "lines a script. Only a file that is exactly the one its patch was made for is changed.",
+    )
+    known = ", ".join(sorted({patch.repository.removeprefix("https://github.com/") for patch in patches()}))
+    parser.add_argument("checkout", type=Path, metavar="CHECKOUT", help=f"root of a checkout of one of {known}")
+    parser.add_argument("--reverse", action="store_true", help="take the lines out again, which restores every byte")
     args = parser.parse_args(argv)
     for path, content in changed(args.checkout, args.reverse).items():
         temporary = path.with_name(path.name + ".east")

@@ -7,7 +7,6 @@ import hashlib
 import json
 import os
 import platform
-import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,15 +25,16 @@ CONFIG, METRICS, SUMMARY, CHECKPOINT = "config.yaml", "metrics.jsonl", "summary.
 def write_atomically(path: Path, content: bytes | str) -> None:
     """Write a file so that it is there complete or not at all."""
     content = content.encode() if isinstance(content, str) else content
-    with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}.", delete=False) as file:
-        try:
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        with temporary.open("wb") as file:
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
-            os.replace(file.name, path)
-        except BaseException:
-            os.unlink(file.name)
-            raise
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
 
 
 def save_checkpoint(path: Path, state: Mapping[str, Any]) -> None:
@@ -155,13 +155,17 @@ def load_run(folder: str | Path) -> Run:
     summary = read_summary(folder)
     if summary is None:
         raise UsageError(f"{folder} holds an unfinished run: it has no readable {SUMMARY}; go on with train --resume")
-    best = load_checkpoint(folder / CHECKPOINT)["best"]
-    model = build_model(options, summary["classes"], tuple(summary["input_shape"]))
+    checkpoint = load_checkpoint(folder / CHECKPOINT)
     try:
+        best = checkpoint["best"]
+        model = build_model(options, summary["classes"], tuple(summary["input_shape"]))
         model.load_state_dict(best["model"])
-    except RuntimeError as error:
-        raise UsageError(f"{folder / CHECKPOINT} does not fit the network of {CONFIG}") from error
-    return Run(folder, options, summary, model.eval(), best["masks"])
+        return Run(folder, options, summary, model.eval(), best["masks"])
+    except UsageError:
+        raise
+    except (KeyError, TypeError, ValueError, RuntimeError) as error:
+        reason = " ".join(str(error).split())[:120]
+        raise UsageError(f"{folder} is damaged: {SUMMARY}, {CHECKPOINT} and {CONFIG} do not fit ({reason})") from error
 
 
 def digest(tensors: Mapping[str, Tensor]) -> str:

@@ -34,10 +34,11 @@ _told: set[str] = set()
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument_group("an aged script").add_argument(
+    parser.add_argument_group("starting a script of some years ago").add_argument(
         "--east-compat", nargs="?", const=",".join(SHIMS), default=argparse.SUPPRESS, metavar="NAMES",
-        help="supply what the script needs to start today: all of them, or --east-compat=NAMES with names out of "
-        + "; ".join(f"{name} ({shim.__doc__.rstrip('.')})" for name, shim in SHIMS.items()),
+        help="supply what the script needs to start today, and say on stderr what of it was used. All of the "
+        "following, or with --east-compat=NAME,NAME only these. "
+        + "; ".join(f"{name}: {shim.__doc__.rstrip('.')}" for name, shim in SHIMS.items()),
     )  # fmt: skip
 
 
@@ -69,7 +70,7 @@ def _replace(stack: contextlib.ExitStack, owner: Any, name: str, make: Callable[
 
 
 def _removed_numpy(stack: contextlib.ExitStack, folder: Path) -> None:
-    """names that numpy has removed."""
+    """names that numpy has removed, such as np.product and np.float."""
 
     def make(getattr_before):
         def getattribute(name: str):
@@ -87,10 +88,15 @@ def _removed_numpy(stack: contextlib.ExitStack, folder: Path) -> None:
 
 
 def _removed_torch(stack: contextlib.ExitStack, folder: Path) -> None:
-    """torch._six, which torch has removed."""
+    """the module torch._six, which torch has removed."""
     module = types.ModuleType("torch._six")
-    contents = {"inf": float("inf"), "nan": float("nan"), "string_classes": (str, bytes), "int_classes": int,
-                "container_abcs": collections.abc}
+    contents = {
+        "inf": float("inf"),
+        "nan": float("nan"),
+        "string_classes": (str, bytes),
+        "int_classes": int,
+        "container_abcs": collections.abc,
+    }
 
     def getattribute(name: str):
         if name in contents:
@@ -138,7 +144,7 @@ def _local_code(stack: contextlib.ExitStack, folder: Path) -> None:
 
 
 def _trusted_load(stack: contextlib.ExitStack, folder: Path) -> None:
-    """torch.load of whole objects from files under the script's or the working folder."""
+    """torch.load of pickled objects, from files under the script's or the working folder only."""
 
     def make(load):
         @functools.wraps(load)
@@ -168,7 +174,7 @@ def _weights_only(load: Callable, path: Path) -> bool:
 
 
 def _own_data(stack: contextlib.ExitStack, folder: Path) -> None:
-    """torchvision data sets from local files that are not the official ones."""
+    """torchvision data sets from local files whose md5 sums are not the official ones."""
     from .vision import import_torchvision
 
     try:
@@ -212,7 +218,7 @@ class _Above(importlib.abc.MetaPathFinder):
 
 
 def _packages_above(stack: contextlib.ExitStack, folder: Path) -> None:
-    """packages in the root of the checkout that a script in one of its folders imports."""
+    """packages in the root of a checkout, for a script in one of its folders."""
     finder = _Above(folder)
     place = next((i for i, f in enumerate(sys.meta_path) if type(f).__name__ == "_Lender"), len(sys.meta_path))
     sys.meta_path.insert(place, finder)

@@ -51,7 +51,7 @@ def number(pattern, text):
 
 def plainly(*arguments):
     environment = {**os.environ, "PYTHONPATH": ROOT}
-    done = subprocess.run([sys.executable, *arguments], capture_output=True, text=True, env=environment)
+    done = subprocess.run([sys.executable, *arguments], capture_output=True, text=True, env=environment, timeout=120)
     return done.returncode, done.stdout, done.stderr
 
 
@@ -241,7 +241,7 @@ def test_refused_in_one_line_before_training(capsys, arguments, message):
         ("", "trained no model of a known host"),
         ("import sys; sys.exit()", "trained no model of a known host"),
         (
-            "import torch; m = torch.nn.Linear(2, 2); o = torch.optim.SGD(m.parameters()); m(torch.ones(1, 2)); print(1)",
+            "from torch import nn, ones, optim; m = nn.Linear(2, 2); o = optim.SGD(m.parameters()); m(ones(2)); 1 / 0",
             "no known host",
         ),
     ],

@@ -77,7 +77,8 @@ class Attachment:
         model = unwrap(module)
         factor = self._share(model) if self.options.share else 1.0
         hidden = [
-            (owner, owner._parameters.pop("scale")) for owner in model.modules()
+            (owner, owner._parameters.pop("scale"))
+            for owner in model.modules()
             if isinstance(owner, Swapped) and "scale" in owner._parameters
         ]
         try:
@@ -144,9 +145,7 @@ class Attachment:
         factory = activations.factory(options.dyrelu_type, reduction=options.dyrelu_reduction)
         generator = torch.Generator().manual_seed(torch.initial_seed() % 2**63)
         phase_out = options.phase_out(length.steps_per_epoch)
-        self.phased = attach_activations(
-            self.model, factory, input_shape, phase_out=phase_out, generator=generator
-        )
+        self.phased = attach_activations(self.model, factory, input_shape, phase_out=phase_out, generator=generator)
         self.phased.join(self.optimizer)
 
     def _share(self, model: nn.Module) -> float:
@@ -162,8 +161,10 @@ class Attachment:
             parts.append(f"{self.borrowed:,} weights shared")
         if self.cycle:
             bounds = ", ".join(map(str, self.cycle.bounds))
-            parts.append(f"density {self.cycle.target:g} to {self.cycle.target * self.cycle.multiplier:g} in cycles "
-                         f"between steps {bounds}")
+            parts.append(
+                f"density {self.cycle.target:g} to {self.cycle.target * self.cycle.multiplier:g} in cycles "
+                f"between steps {bounds}"
+            )
         if self.phased:
             span = self.phased.phase_out
             parts.append(f"{len(self.phased.sites)} activations, phased out between steps {span.start} and {span.end}")
@@ -189,14 +190,16 @@ class Attachment:
             self.adapter.resize(budgets, self.generator, grow=False)
             yield sum(budgets.values())
             self.adapter.resize(budgets, self.generator)
-            total = sum(budgets.values())
-            density = self.cycle.target * total / self._target
-            logger.info("step %d: %d active weights, density %.6g", self.steps, total, density)
+            masks = self.adapter.masks.values()
+            active = sum(int(mask.sum()) for mask in masks) + self.adapter.dense
+            size = sum(mask.numel() for mask in masks) + self.adapter.dense + self.borrowed
+            logger.info("step %d: %d active weights, density %.6g", self.steps, active, active / size)
         self.adapter.note_fired()
 
     def _budgets(self) -> dict[str, int]:
         masks, density = self.adapter.masks, self.cycle.density(self.steps) / self.cycle.target
-        total = min(round(self._target * density), sum(mask.numel() for mask in masks.values()))
+        total = round(self._target * density) - self.adapter.dense
+        total = max(0, min(total, sum(mask.numel() for mask in masks.values())))
         if self.adapter.redistributes:
             share = [int(mask.sum()) for mask in masks.values()]
         else:

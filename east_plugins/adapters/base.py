@@ -44,6 +44,8 @@ class Adapter:
     growth, pruning = "gradient", "magnitude"
     #: Fewest steps between updates that leave the optimizer something to do.
     least_frequency = 1
+    #: Weights of layers that the host keeps dense: active, but in no mask.
+    dense = 0
 
     def __init__(self, host: Any):
         self.host = host
@@ -112,7 +114,8 @@ class Adapter:
         return total_steps
 
     def target_nonzeros(self, borrowed: int) -> int:
-        """Active weights at the target density; `borrowed` weights count in the unshared network."""
+        """Active weights at the target density, those of dense layers included; `borrowed` weights count in the
+        unshared network."""
         return round(self.density * (sum(mask.numel() for mask in self.masks.values()) + borrowed))
 
     def check_cycles(self) -> None:
@@ -144,8 +147,9 @@ class Adapter:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restore what `state_dict` gave. Raises `UsageError` where its layers are not this model's."""
         masks, own = state["masks"], self.masks
-        if wrong := {n for n in masks.keys() | own.keys() if n not in masks or n not in own
-                     or masks[n].shape != own[n].shape}:
+        if wrong := {
+            n for n in masks.keys() | own.keys() if n not in masks or n not in own or masks[n].shape != own[n].shape
+        }:
             raise UsageError(f"the saved masks do not fit the model; layers that differ: {', '.join(sorted(wrong))}")
         self.write(masks)
         self.fired_masks = {name: mask.to(own[name].device) for name, mask in state["fired_masks"].items()}

@@ -47,6 +47,7 @@ class RigLTorch(Adapter):
         self._frequency = host.delta_T
         names = {weight: name for name, weight in host.model.named_parameters()}
         self._index = {names[w]: i for i, w in enumerate(host.W) if host.backward_masks[i] is not None}
+        self.dense = sum(w.numel() for w, mask in zip(host.W, host.backward_masks, strict=True) if mask is None)
 
     @property
     def rate_decay(self) -> Any:
@@ -82,7 +83,7 @@ class RigLTorch(Adapter):
         return self.host.T_end
 
     def target_nonzeros(self, borrowed: int) -> int:
-        return self.nonzeros  # drawn exactly, by an allocation of its own
+        return self.nonzeros + self.dense  # drawn exactly, by an allocation of its own
 
     def next_delta(self, attachment: Attachment) -> int:
         """What `delta_T` has to be before the next backward pass, whose hook keeps the dense gradient by it."""
@@ -130,8 +131,16 @@ class _OwnPruner:
     """Our host with rigl-torch's way of stepping: `if pruner(): optimizer.step()`."""
 
     def __init__(
-        self, model, optimizer, dense_allocation=1, T_end=None, sparsity_distribution="uniform", delta=100, alpha=0.3,
-        static_topo=False, **unused,
+        self,
+        model,
+        optimizer,
+        dense_allocation=1,
+        T_end=None,
+        sparsity_distribution="uniform",
+        delta=100,
+        alpha=0.3,
+        static_topo=False,
+        **unused,
     ):
         for module in model.modules():
             if isinstance(weight := getattr(module, "weight", None), nn.Parameter) and not weight.requires_grad:

@@ -59,8 +59,14 @@ def density(model):
 
 def build_host(args, optimizer, steps):
     if args.host == "itop":
-        host = Masking(optimizer, death_rate=args.death_rate, death_rate_decay=CosineDecay(args.death_rate, steps),
-                       growth_mode=args.growth, redistribution_mode="none", args=args)
+        host = Masking(
+            optimizer,
+            death_rate=args.death_rate,
+            death_rate_decay=CosineDecay(args.death_rate, steps),
+            growth_mode=args.growth,
+            redistribution_mode="none",
+            args=args,
+        )
         return host, dict(density=args.density)
     if args.host == "sparse_learning":
         cls = others.sparse_learning()
@@ -68,8 +74,9 @@ def build_host(args, optimizer, steps):
         return cls(optimizer, others.Decay(args.death_rate, steps), args.death_rate), dict(density=args.density)
     if args.host == "granet":
         args.init_density, args.final_density, args.method, args.sparse_init = args.density, args.density, "DST", "ERK"
-        return others.Masking(optimizer, prune_rate=0.5, prune_rate_decay=CosineDecay(0.5, steps), args=args,
-                              train_loader=range(10)), {}
+        return others.Masking(
+            optimizer, prune_rate=0.5, prune_rate_decay=CosineDecay(0.5, steps), args=args, train_loader=range(10)
+        ), {}
     return others.Masking(optimizer, 0.9), {}
 
 
@@ -79,8 +86,10 @@ def train(args):
     valid_loader, test_loader = DataLoader(data(16, 2), batch_size=16), DataLoader(data(16, 3), batch_size=16)
     model = Net(args.width, args.blocks).to("cpu")
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, weight_decay=1e-4)
-    schedulers = [torch.optim.lr_scheduler.MultiStepLR(optimizer, [args.epochs // 2]),
-                  torch.optim.lr_scheduler.LambdaLR(optimizer, lambda epoch: 0.99**epoch)]
+    schedulers = [
+        torch.optim.lr_scheduler.MultiStepLR(optimizer, [args.epochs // 2]),
+        torch.optim.lr_scheduler.LambdaLR(optimizer, lambda epoch: 0.99**epoch),
+    ]
     host, steps = None, len(train_loader) * args.epochs
     if args.host == "rigl":
         host = others.RigLScheduler(model, optimizer, dense_allocation=args.density, T_end=int(0.75 * steps), delta=4)

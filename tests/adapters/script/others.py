@@ -12,9 +12,18 @@ class Decay(CosineDecay):
 
 def sparse_learning():
     class Masking(Masks):
-        def __init__(self, optimizer, prune_rate_decay, prune_rate=0.5, prune_mode="magnitude",
-                     growth_mode="momentum", redistribution_mode="momentum", prune_every_k_steps=0, verbose=False,
-                     fp16=False):
+        def __init__(
+            self,
+            optimizer,
+            prune_rate_decay,
+            prune_rate=0.5,
+            prune_mode="magnitude",
+            growth_mode="momentum",
+            redistribution_mode="momentum",
+            prune_every_k_steps=0,
+            verbose=False,
+            fp16=False,
+        ):
             super().__init__(optimizer)
             self.prune_rate_decay, self.prune_rate = prune_rate_decay, prune_rate
             self.prune_mode, self.growth_mode = prune_mode, growth_mode
@@ -46,9 +55,20 @@ def sparse_learning():
 
 def granet():
     class Masking(Masks):
-        def __init__(self, optimizer, prune_rate=0.3, growth_death_ratio=1.0, prune_rate_decay=None,
-                     death_mode="magnitude", growth_mode="momentum", redistribution_mode="momentum", threshold=0.001,
-                     args=None, train_loader=None, device=None):
+        def __init__(
+            self,
+            optimizer,
+            prune_rate=0.3,
+            growth_death_ratio=1.0,
+            prune_rate_decay=None,
+            death_mode="magnitude",
+            growth_mode="momentum",
+            redistribution_mode="momentum",
+            threshold=0.001,
+            args=None,
+            train_loader=None,
+            device=None,
+        ):
             super().__init__(optimizer)
             self.args, self.loader = args, train_loader
             self.prune_rate_decay, self.prune_rate = prune_rate_decay, prune_rate
@@ -87,9 +107,20 @@ def get_W(model, return_linear_layers_mask=False):
 
 
 class RigLScheduler:
-    def __init__(self, model, optimizer, dense_allocation=1, T_end=None, sparsity_distribution="uniform",
-                 ignore_linear_layers=True, delta=100, alpha=0.3, static_topo=False, grad_accumulation_n=1,
-                 state_dict=None):
+    def __init__(
+        self,
+        model,
+        optimizer,
+        dense_allocation=1,
+        T_end=None,
+        sparsity_distribution="uniform",
+        ignore_linear_layers=True,
+        delta=100,
+        alpha=0.3,
+        static_topo=False,
+        grad_accumulation_n=1,
+        state_dict=None,
+    ):
         self.model, self.optimizer = model, optimizer
         self.W, linear = get_W(model, return_linear_layers_mask=True)
         if len({id(w) for w in self.W}) < len(self.W):

@@ -73,9 +73,18 @@ class Masks:
 
 
 class Masking(Masks):
-    def __init__(self, optimizer, death_rate=0.3, growth_death_ratio=1.0, death_rate_decay=None,
-                 death_mode="magnitude", growth_mode="momentum", redistribution_mode="momentum", threshold=0.001,
-                 args=None):
+    def __init__(
+        self,
+        optimizer,
+        death_rate=0.3,
+        growth_death_ratio=1.0,
+        death_rate_decay=None,
+        death_mode="magnitude",
+        growth_mode="momentum",
+        redistribution_mode="momentum",
+        threshold=0.001,
+        args=None,
+    ):
         super().__init__(optimizer)
         self.death_rate, self.death_rate_decay = death_rate, death_rate_decay
         self.death_mode, self.growth_mode = death_mode, growth_mode
