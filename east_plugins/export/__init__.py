@@ -7,6 +7,14 @@ from .safetensors import to_safetensors
 from .verify import DisagreementError, run_c, run_onnx, verify
 
 __all__ = [
-    "CFile", "DisagreementError", "load_sparse", "main", "run_c", "run_onnx", "to_c", "to_onnx", "to_safetensors",
+    "CFile",
+    "DisagreementError",
+    "load_sparse",
+    "main",
+    "run_c",
+    "run_onnx",
+    "to_c",
+    "to_onnx",
+    "to_safetensors",
     "verify",
 ]

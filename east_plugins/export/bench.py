@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import argparse
 import io
 import json
 import logging
 import tempfile
-from argparse import Namespace
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,13 +14,13 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
-from .. import bench, flags, models
-from ..dct import convert
-from ..errors import MissingExtraError, UsageError
-from ..masking import Masking
+from .. import bench, flags
+from ..errors import UsageError
+from ..ops.maskable import theoretical_size
+from . import subject
 from .c import CFile
+from .chart import bar_chart
 from .formats import to_c, to_onnx
 from .graph import trace
 from .onnx_dense import dense_onnx
@@ -30,12 +30,17 @@ from .verify import COMPILE, Run, compile_c, run_c, run_onnx, verify
 
 logger = logging.getLogger(__name__)
 
+OF_A_DRAWN_NETWORK = ("model", "classes", "density", "masks", "dctps")
 CALLS = 10  # inferences of batch 1 in one measurement
 
 
 def main(argv: Sequence[str]) -> int:
     """Time inference, print a table or JSON, draw a bar chart."""
-    args = _parser().parse_args(argv)
+    parser = _parser()
+    args = parser.parse_args(argv)
+    given = [f"--{name}" for name in OF_A_DRAWN_NETWORK if getattr(args, name) != parser.get_default(name)]
+    if args.run and given:
+        raise UsageError(f"{' '.join(given)}: a RUN is measured as it is, leave them out")
     if min(args.repeats, args.threads, *args.batch) < 1:
         raise UsageError("--repeats, --threads and --batch must be at least 1")
     if args.plot and not args.plot.parent.is_dir():
@@ -43,7 +48,7 @@ def main(argv: Sequence[str]) -> int:
     torch.set_num_threads(args.threads)
     result = inference(*_subject(args), args)
     if args.plot:
-        _plot(result, args.plot)
+        bar_chart(result, f"{args.run or args.model}", args.plot)
     print(json.dumps(result) if args.json else _as_text(result))
     return 0
 
@@ -52,14 +57,16 @@ def _parser() -> flags.Parser:
     parser = flags.Parser(
         prog="east_plugins bench inference",
         description="Inference on the CPU: dense in PyTorch and onnxruntime, sparse as ONNX and C. The network is a "
-        "run's, or one drawn with random norm statistics.",
+        "run's, or one drawn for 32 x 32 images with random norms.",
     )
     add = parser.add_argument
     add("run", nargs="?", type=Path, metavar="RUN", help="folder of a finished run: its network, masks as trained")
     add("--model", default="resnet34", metavar="NAME", help="network (default: resnet34)")
     add("--classes", type=int, default=10, metavar="N", help="its outputs (default: 10)")
     add("--density", type=float, default=0.0005, metavar="X", help="active share of the weights (default: 0.0005)")
-    add("--masks", default="connected", metavar="NAME", help="allocation: connected, ERK, ... (default: connected)")
+    add("--masks", default="connected", choices=tuple(subject.STARTS),
+        help="connected; trained: connected, then moved by RigL's updates on random images; random: ERK "
+        "(default: connected)")  # fmt: skip
     add("--dctps", action="store_true", help="DCTpS layers")
     add("--seed", type=int, default=0, metavar="N", help="seed of masks and values (default: 0)")
     add("--batch", type=_integers, default=[1, 64], metavar="N,N", help="batch sizes (default: 1,64)")
@@ -71,46 +78,30 @@ def _parser() -> flags.Parser:
 
 
 def _integers(text: str) -> list[int]:
-    return [int(item) for item in text.split(",")]
+    try:
+        return [int(item) for item in text.split(",")]
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text} must be whole numbers, as in 1,64") from None
 
 
-def _subject(args: Namespace) -> tuple[nn.Module, dict[str, Tensor], tuple[int, ...]]:
+def _subject(args: argparse.Namespace) -> tuple[nn.Module, dict[str, Tensor], tuple[int, ...]]:
     """Network, masks and input shape."""
     if args.run:
         from .. import runs
 
         run = runs.load_run(args.run)
         return run.model, run.masks, run.input_shape
-    shape = (3, 32, 32)
-    torch.manual_seed(args.seed)
-    model = models.build(args.model, args.classes)
-    if args.dctps:
-        convert(model)
-    host = Masking(torch.optim.SGD(model.parameters()), growth_mode="random", seed=args.seed)
-    host.add_module(model, args.density, args.masks, input_shape=shape, weight_init="sparse-fan-in")
-    randomise_norms(model, torch.Generator().manual_seed(args.seed))
-    return model.eval(), host.masks, shape
-
-
-def randomise_norms(model: nn.Module, generator: torch.Generator) -> None:
-    """Scales, shifts and statistics as training could leave them; fresh ones make dead channels exactly zero."""
-    for module in model.modules():
-        if isinstance(module, _BatchNorm):
-            for tensor in (module.weight.data, module.running_var):
-                tensor.copy_(0.5 + torch.rand(tensor.shape, generator=generator))
-            for tensor in (module.bias.data, module.running_mean):
-                tensor.copy_(0.2 * torch.randn(tensor.shape, generator=generator))
+    return *subject.draw(args.model, args.classes, args.density, args.masks, args.seed, args.dctps), subject.SHAPE
 
 
 def inference(
-    model: nn.Module, masks: dict[str, Tensor], input_shape: Sequence[int], args: Namespace
+    model: nn.Module, masks: dict[str, Tensor], input_shape: Sequence[int], args: argparse.Namespace
 ) -> dict[str, Any]:
     """Rows, ratios, sizes in bytes and differences from PyTorch, as `bench --json` prints them.
 
     A row's name is the candidate's, with `_batchN` for batches other than 1; its milliseconds are those of a batch.
     """
     dense, onnx = dense_onnx(trace(model, {}, input_shape)), to_onnx(model, masks, input_shape)
-    generator = torch.Generator().manual_seed(args.seed)
     candidates: dict[str, Run] = {
         "pytorch_dense": _in_pytorch(model),
         "onnxruntime_dense": run_onnx(dense, args.threads),
@@ -124,26 +115,31 @@ def inference(
         sizes |= {"c": len(c.text), "c_object": _object_bytes(c), "c_arena": c.arena_bytes}
     except UsageError as error:
         logger.warning("no C file: %s", error)
+    generator = torch.Generator().manual_seed(args.seed)
     check = torch.randn(4, *input_shape, generator=generator)
     exported = [name for name in ("onnx", "c") if name in candidates]
     differences = {name: verify(candidates[name], model, masks, check, name) for name in exported}
     rows, ratios = [], {}
     for batch in args.batch:
-        inputs = torch.randn(batch, *input_shape, generator=generator).numpy()
         suffix = "" if batch == 1 else f"_batch{batch}"
-        calls = CALLS if batch == 1 else 1
-        timed = bench.interleaved(
-            {name + suffix: _repeated(run, inputs, calls) for name, run in candidates.items()},
-            args.repeats, torch.device("cpu"),
-        )
-        rows += [{k: v if k == "name" else v / calls for k, v in row.items()} for row in timed]
+        inputs = torch.randn(batch, *input_shape, generator=generator).numpy()
+        rows += _rows({name + suffix: run for name, run in candidates.items()}, inputs, args.repeats)
         ratios |= {
             f"onnxruntime_dense_over_{name}{suffix}": (f"onnxruntime_dense{suffix}", name + suffix)
             for name in ("onnx", "c", "pytorch_dense")
         }
     result = bench.report(rows, ratios)
     result["versions"]["onnxruntime"] = import_onnx()[1].__version__
-    return {**result, "sizes": sizes, "differences": differences}
+    counts = {"nonzeros": sum(int(mask.sum()) for mask in masks.values()), "maskable": theoretical_size(model)}
+    return {**result, **counts, "sizes": sizes, "differences": differences}
+
+
+def _rows(candidates: dict[str, Run], inputs: np.ndarray, repeats: int) -> list[dict[str, Any]]:
+    """Milliseconds a call, in turn."""
+    calls = CALLS if len(inputs) == 1 else 1
+    repeated = {name: _repeated(run, inputs, calls) for name, run in candidates.items()}
+    rows = bench.interleaved(repeated, repeats, torch.device("cpu"))
+    return [{key: value if key == "name" else value / calls for key, value in row.items()} for row in rows]
 
 
 def _in_pytorch(model: nn.Module) -> Run:
@@ -176,22 +172,3 @@ def _object_bytes(file: CFile) -> int:
 def _as_text(result: dict[str, Any]) -> str:
     sizes = [f"{name:<28} {size / 1024:>10,.1f} KiB" for name, size in result["sizes"].items()]
     return "\n".join([bench.as_text(result), *sizes])
-
-
-def _plot(result: dict[str, Any], path: Path) -> None:
-    """Median milliseconds as bars on a logarithmic scale."""
-    try:
-        import matplotlib
-
-        matplotlib.use("Agg")
-        from matplotlib import pyplot as plt
-    except ImportError as error:
-        raise MissingExtraError("--plot needs matplotlib: pip install 'east_plugins[train]'") from error
-    rows = result["rows"][::-1]
-    figure, axes = plt.subplots(figsize=(7, 0.4 * len(rows) + 1), layout="constrained")
-    bars = axes.barh([row["name"] for row in rows], [row["median_ms"] for row in rows])
-    axes.bar_label(bars, fmt="%.3g ms", padding=3)
-    axes.set(xscale="log", xlabel=f"median milliseconds, {result['threads']} thread(s)")
-    axes.margins(x=0.15)
-    figure.savefig(path)
-    plt.close(figure)

@@ -27,7 +27,7 @@ from .kernels import Kernel
 TAPS_AT_ONCE = 4
 
 TEMPLATE = """\
-/* A sparse neural network, made by east_plugins: {taps:,} weights that act.
+/* A sparse neural network of {taps:,} taps, made by east_plugins.
 
    void {name}_run(const float *input, float *output);
 
@@ -83,6 +83,7 @@ class CFile:
 
     text: str
     name: str
+    input_shape: tuple[int, ...]
     output_shape: tuple[int, ...]
     arena_bytes: int
     table_bytes: int
@@ -123,19 +124,28 @@ def write_c(network: Compact, name: str) -> CFile:
             first = len(tables.integers), len(tables.floats)
     tables.add(_store(network, layouts, address))
     tables.integers.append(-1)
+    tables.floats = tables.floats or [0.0]  # C has no empty arrays
     arena = sum(layout.size * layout.used for layout in layouts.values())
     shapes = network.graph.input_shape, network.graph.output_shape
     text = TEMPLATE.format(
-        name=name, taps=sum(len(plane.taps) for plane in network.planes),
-        inputs=math.prod(shapes[0]), outputs=math.prod(shapes[1]),
-        input_shape=" x ".join(map(str, shapes[0])), output_shape=" x ".join(map(str, shapes[1])),
-        arena=arena, arena_kib=arena / 256, table_kib=tables.bytes / 1024,
-        n_integers=len(tables.integers), integers=_lines(f"{n}," for n in tables.integers),
-        n_floats=len(tables.floats), floats=_lines(f"{_literal(x)}," for x in tables.floats),
+        name=name,
+        taps=sum(len(plane.taps) for plane in network.planes),
+        inputs=math.prod(shapes[0]),
+        outputs=math.prod(shapes[1]),
+        input_shape=" x ".join(map(str, shapes[0])),
+        output_shape=" x ".join(map(str, shapes[1])),
+        arena=arena,
+        arena_kib=arena / 256,
+        table_kib=tables.bytes / 1024,
+        n_integers=len(tables.integers),
+        integers=_lines(f"{n}," for n in tables.integers),
+        n_floats=len(tables.floats),
+        floats=_lines(f"{_literal(x)}," for x in tables.floats),
         cases=indent("\n".join(kernels.case(kernel, n) for kernel, n in tables.kernels.items()), " " * 8),
-        first_integer=first[0], first_float=first[1],
+        first_integer=first[0],
+        first_float=first[1],
     )
-    return CFile(text, name, network.graph.output_shape, 4 * arena, tables.bytes)
+    return CFile(text, name, *shapes, 4 * arena, tables.bytes)
 
 
 def _clamped(plane: Plane) -> bool:

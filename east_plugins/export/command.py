@@ -27,10 +27,7 @@ def main(argv: Sequence[str]) -> int:
         raise UsageError(f"--out {out} must be a file in a folder that exists")
     if args.check < 1:
         raise UsageError(f"--check must be at least 1, got {args.check}")
-    try:
-        run = runs.load_run(args.run)
-    except KeyError as error:
-        raise UsageError(f"{args.run} is damaged: its summary.json or checkpoint.pt has no {error}") from error
+    run = runs.load_run(args.run)
     options = dataclasses.replace(run.config, data_dir=args.data_dir) if args.data_dir else run.config
     test = runs.load_data(options).test
     content, runner, facts = _FORMATS[args.format](run, args.name or out.stem, test)
@@ -40,9 +37,10 @@ def main(argv: Sequence[str]) -> int:
         runs.write_atomically(out, content)
     except OSError as error:
         raise UsageError(f"--out {out} cannot be written: {error.strerror}") from error
+    active = sum(int(mask.sum()) for mask in run.masks.values())
     print(
-        f"{out}: {len(content):,} bytes, {run.summary['nonzeros']:,} active weights{facts}; largest difference from "
-        f"PyTorch on {len(images)} test images {difference:.1e} of the largest output"
+        f"{out}: {len(content):,} bytes, {active:,} active weights{facts}; largest difference from PyTorch on "
+        f"{len(images)} test images {difference:.1e} of the largest output"
     )
     return 0
 
@@ -60,7 +58,7 @@ def _parser() -> flags.Parser:
 
 def _c(run, name: str, test) -> tuple[bytes, Run, str]:
     file = to_c(run.model, run.masks, run.input_shape, name)
-    text = file.text + image_program(file, run.input_shape, test.mean, test.std)
+    text = file.text + image_program(file, test.mean, test.std)
     memory = f", static memory {file.arena_bytes:,} bytes of activations and {file.table_bytes:,} of tables"
     return text.encode(), run_c(file), memory
 

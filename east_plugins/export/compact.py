@@ -238,9 +238,10 @@ class _Builder:
             tap = Tap(source, 1.0, node.stride, (-node.padding[0], -node.padding[1]))
             plane = Plane(self.shape, "max", taps=[tap], window=node.kernel, dilation=node.dilation)
             if source.values is not None:
-                plane.values = np.max([
-                    window(source.values, self.shape, node.stride, offset, -np.inf) for offset in _offsets(node)
-                ], axis=0)
+                plane.values = np.max(
+                    [window(source.values, self.shape, node.stride, offset, -np.inf) for offset in _offsets(node)],
+                    axis=0,
+                )
             yield plane if plane.number is None else self.constant(plane.number)
 
     def avg_pool(self, sources: list[Plane], single: bool):

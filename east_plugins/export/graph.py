@@ -147,6 +147,9 @@ class _Tracer(TorchDispatchMode):
     def append(self, op: str, inputs: tuple[Node, ...], shape: Sequence[int], **attributes) -> Node:
         if not 2 <= len(shape) <= 4 or shape[0] != 1:
             raise _Unsupported(f"tensors of shape {tuple(shape)}")
+        numbers = [attributes.get("weight"), attributes.get("bias")]
+        if not all(np.isfinite(array).all() for array in numbers if array is not None):
+            raise _Unsupported("weights that are infinite or no number")
         self.nodes.append(Node(op, self.running[-1], inputs, _planes(shape), **attributes))
         return self.nodes[-1]
 
@@ -155,8 +158,16 @@ class _Tracer(TorchDispatchMode):
             raise _Unsupported("transposed and 3d convolution")
         weight = weight if len(shape) == 4 else weight[:, :, None]
         return self.append(
-            "conv", (self.node(x),), shape, weight=_numpy(weight), bias=_numpy(bias), kernel=tuple(weight.shape[2:]),
-            stride=_pair(stride, 1), padding=_pair(padding, 0), dilation=_pair(dilation, 1), groups=groups,
+            "conv",
+            (self.node(x),),
+            shape,
+            weight=_numpy(weight),
+            bias=_numpy(bias),
+            kernel=tuple(weight.shape[2:]),
+            stride=_pair(stride, 1),
+            padding=_pair(padding, 0),
+            dilation=_pair(dilation, 1),
+            groups=groups,
         )
 
     def op_mm(self, shape, x, weight, bias=None):
@@ -218,8 +229,13 @@ class _Tracer(TorchDispatchMode):
 
     def op_max_pool2d_with_indices(self, shape, x, kernel, stride=(), padding=0, dilation=1, ceil_mode=False):
         return self.append(
-            "max_pool", (self.node(x),), shape, kernel=_pair(kernel, 1), stride=_pair(stride or kernel, 1),
-            padding=_pair(padding, 0), dilation=_pair(dilation, 1),
+            "max_pool",
+            (self.node(x),),
+            shape,
+            kernel=_pair(kernel, 1),
+            stride=_pair(stride or kernel, 1),
+            padding=_pair(padding, 0),
+            dilation=_pair(dilation, 1),
         )
 
     def op_avg_pool2d(

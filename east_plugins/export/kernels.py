@@ -119,5 +119,11 @@ def _store(kernel: Kernel):
 
 
 _BODIES = {
-    "sum": _sum, "add": _sum, "max": _max, "clamped": _clamped, "mean": _mean, "load": _load, "store": _store,
+    "sum": _sum,
+    "add": _sum,
+    "max": _max,
+    "clamped": _clamped,
+    "mean": _mean,
+    "load": _load,
+    "store": _store,
 }

@@ -80,9 +80,8 @@ class _Writer(Model):
         plane, tap = planes[0], planes[0].taps[0]
         extent = [(n - 1) * d + 1 for n, d in zip(plane.window, plane.dilation, strict=True)]
         end = [
-            max(0, (n - 1) * s + o + e - size) for n, s, o, e, size in zip(
-                plane.shape, tap.stride, tap.offset, extent, tap.source.shape, strict=True
-            )
+            max(0, (n - 1) * s + o + e - size)
+            for n, s, o, e, size in zip(plane.shape, tap.stride, tap.offset, extent, tap.source.shape, strict=True)
         ]
         pads = [-tap.offset[0], -tap.offset[1], *end]
         source = self.rows([plane.taps[0].source for plane in planes])

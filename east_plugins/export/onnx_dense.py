@@ -35,7 +35,12 @@ def _add(model: Model, node: Node, inputs: list[str]) -> str:
             over = [  # with ceil_mode the last windows hang over
                 max(0, (n - 1) * s - p + (k - 1) * d + 1 - size)
                 for n, s, p, k, d, size in zip(
-                    node.shape[1:], node.stride, node.padding, node.kernel, node.dilation, node.inputs[0].shape[1:],
+                    node.shape[1:],
+                    node.stride,
+                    node.padding,
+                    node.kernel,
+                    node.dilation,
+                    node.inputs[0].shape[1:],
                     strict=True,
                 )
             ]

@@ -71,7 +71,13 @@ class Model:
         return model.SerializeToString()
 
     def conv(
-        self, name: str, weight: np.ndarray, stride: Pair, pads: Sequence[int], groups: int, bias: np.ndarray | None,
+        self,
+        name: str,
+        weight: np.ndarray,
+        stride: Pair,
+        pads: Sequence[int],
+        groups: int,
+        bias: np.ndarray | None,
         dilation: Pair = (1, 1),
     ) -> str:
         """Add a convolution; `pads` are top, left, bottom, right."""

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 from torch import Tensor
 
 from .c import CFile
@@ -36,17 +34,26 @@ int main(void)
 """
 
 
-def image_program(file: CFile, input_shape: Sequence[int], mean: Tensor, deviation: Tensor) -> str:
+def image_program(file: CFile, mean: Tensor, deviation: Tensor) -> str:
     """C text to follow that of `file`: compiled with -DNAME_MAIN (in capitals) it is a program that classifies a PPM
     or, for one channel, PGM image of the network's size. `mean` and `deviation` (of values 0 to 255, a number a
     channel) are what the network's inputs were normalised by. Empty where inputs are no such images.
     """
-    if len(input_shape) != 3 or input_shape[0] not in (1, 3) or len(file.output_shape) != 1:
+    if len(file.input_shape) != 3 or file.input_shape[0] not in (1, 3) or len(file.output_shape) != 1:
         return ""
-    channels, height, width = input_shape
+    channels, height, width = file.input_shape
     magic, kind = ("P6", "PPM") if channels == 3 else ("P5", "PGM")
     numbers = (", ".join(f"{value:.9g}" for value in tensor.flatten().tolist()) for tensor in (mean, deviation))
     return TEMPLATE.format(
-        macro=file.name.upper(), name=file.name, width=width, height=height, size=width * height, channels=channels,
-        classes=file.output_shape[0], magic=magic, kind=kind, mean=next(numbers), deviation=next(numbers),
+        macro=file.name.upper(),
+        name=file.name,
+        width=width,
+        height=height,
+        size=width * height,
+        channels=channels,
+        classes=file.output_shape[0],
+        magic=magic,
+        kind=kind,
+        mean=next(numbers),
+        deviation=next(numbers),
     )

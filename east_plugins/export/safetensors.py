@@ -60,16 +60,25 @@ def read_safetensors(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Ten
         raise UsageError(f"{path} cannot be read as safetensors: {' '.join(str(error).split())}") from error
     if header.get("format") != FORMAT:
         raise UsageError(f"{path} is no file of export --format safetensors")
+    try:
+        masks = _fill(state, header["shapes"])
+        state |= {name: state[first] for name, first in header["aliases"].items()}
+        return state, masks, header["network"]
+    except (KeyError, IndexError, RuntimeError) as error:
+        raise UsageError(f"{path} is damaged: its tensors do not fit its metadata ({error})") from error
+
+
+def _fill(state: dict[str, Tensor], shapes: Mapping[str, list[int]]) -> dict[str, Tensor]:
+    """Put full weights in place of values and gaps; returns their masks."""
     masks = {}
-    for name, shape in header["shapes"].items():
+    for name, shape in shapes.items():
         values, gaps = state.pop(name + VALUES), state.pop(name + GAPS)
         active = torch.from_numpy(np.cumsum(gaps.numpy().astype(np.int64) + 1) - 1)
         masks[name] = torch.zeros(shape, dtype=torch.bool)
         masks[name].view(-1)[active] = True
         state[name] = torch.zeros(shape, dtype=values.dtype)
         state[name].view(-1)[active] = values
-    state |= {name: state[first] for name, first in header["aliases"].items()}
-    return state, masks, header["network"]
+    return masks
 
 
 def _torch():

@@ -74,7 +74,7 @@ class Engine:
         if self.reason is None:
             self._attach()
         elif engine != "dense":
-            logger.warning("the engine is dense: %s", self.reason)
+            logger.log(logging.WARNING if engine == "sparse" else logging.INFO, "the engine is dense: %s", self.reason)
 
     def remove(self) -> None:
         """Leave the model as it was before."""
@@ -221,18 +221,19 @@ class Engine:
     # ------------------------------------------------------------------ measuring, for `auto`
 
     def _is_slower(self, x: Tensor) -> bool:
-        """Whether the sparse passes take longer than the dense ones, as measured once for about so many weights."""
+        """Whether the sparse passes of a training step take longer than the dense ones, as measured at the first one
+        with about so many images and active weights. Evaluation goes by what was measured in training."""
         size = sum(len(sink.active) for sink in self._sinks.values())
-        mode = self.model.training and torch.is_grad_enabled()
-        dense = (*x.shape, str(x.dtype), mode)
+        dense = (round(math.log2(len(x))), *x.shape[1:], str(x.dtype))
         sparse = (*dense, round(2 * math.log2(size)))
-        for key, plans in ((sparse, self._plans), (dense, None)):
-            if key not in self._seconds:
-                self._seconds[key] = self._measure(x, plans, mode)
-        return self._seconds[sparse] > self._seconds[dense]
+        if self.model.training and torch.is_grad_enabled():
+            for key, plans in ((sparse, self._plans), (dense, None)):
+                if key not in self._seconds:
+                    self._seconds[key] = self._measure(x, plans)
+        return self._seconds.get(sparse, 0.0) > self._seconds.get(dense, math.inf)
 
-    def _measure(self, x: Tensor, plans: Plans | None, backward: bool) -> float:
-        """Seconds of a forward (and backward) pass, the better of two; nothing in the model changes."""
+    def _measure(self, x: Tensor, plans: Plans | None) -> float:
+        """Seconds of a forward and backward pass, the better of two; nothing in the model changes."""
         if plans is not None:
             plans = {module: plan.apart() for module, plan in plans.items()}
         gradients = [(parameter, parameter.grad) for parameter in self.model.parameters()]
@@ -245,8 +246,7 @@ class Engine:
                         parameter.grad = None
                     began = time.perf_counter()
                     total = self._run(x.detach(), plans, buffers).sum()
-                    if backward:
-                        total.backward()
+                    total.backward()
                     total.detach().item()  # waits for the device
                     times.append(time.perf_counter() - began)
         finally:

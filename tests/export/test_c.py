@@ -16,6 +16,8 @@ COMPILERS = [
     for name in ("gcc", "clang")
 ]
 
+WARNINGS = "-Wall -Wextra -Werror"
+
 PROGRAM = """
 #include "network.c"
 #include <stdio.h>
@@ -52,7 +54,7 @@ def run_program(compiler, flags, file, x, folder):
 
 
 @pytest.mark.parametrize("compiler", COMPILERS)
-@pytest.mark.parametrize("flags", ["-O3", "-std=c99 -pedantic -Wall -Wextra -Werror"])
+@pytest.mark.parametrize("flags", ["-O3", f"-std=c99 -pedantic {WARNINGS}", f"-std=c99 -O3 -march=native {WARNINGS}"])
 def test_compiles_without_a_warning_and_agrees(network, compiler, flags, tmp_path):
     model, masks = network
     file = export.to_c(model, masks, (3, 32, 32))
@@ -104,6 +106,12 @@ def test_a_channel_nobody_reads_takes_no_memory():
     assert sparse < dense / 10
 
 
+def test_inputs_of_another_shape_are_refused(network):
+    run = export.run_c(export.to_c(*network, (3, 32, 32)))
+    with pytest.raises(UsageError, match=r"\(3, 32, 32\), got \(3, 16, 16\)"):
+        run(np.zeros((1, 3, 16, 16), np.float32))
+
+
 @pytest.mark.parametrize("name", ["my-net", "3d", "", "nät", "a b"])
 def test_a_name_that_c_does_not_allow_is_refused(network, name):
     with pytest.raises(UsageError, match="--name"):
@@ -132,6 +140,15 @@ def test_an_unsupported_layer_is_named():
     assert "\n" not in str(error.value)
     with pytest.raises(UsageError, match="LayerNorm|layer_norm"):
         export.to_onnx(nn.Sequential(nn.Linear(4, 4), nn.LayerNorm(4)), {}, (4,))
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_network_that_diverged_is_refused(value):
+    model = nn.Sequential(nn.Linear(2, 3), nn.BatchNorm1d(3)).eval()
+    model[1].running_mean[0] = value
+    for write in (export.to_c, export.to_onnx):
+        with pytest.raises(UsageError, match="^1: export does not support weights that are infinite or no number"):
+            write(model, {}, (2,))
 
 
 def test_control_flow_on_activations_is_refused():

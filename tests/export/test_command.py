@@ -1,6 +1,6 @@
 """`export RUN --format ...` through the command line."""
 
-import json
+import os
 import shutil
 import subprocess
 import sys
@@ -22,6 +22,12 @@ def run(tmp_path_factory):
     return folder
 
 
+def umask():
+    current = os.umask(0)
+    os.umask(current)
+    return current
+
+
 def refused(capsys, *argv):
     """The one line that a command fails with."""
     assert main(list(map(str, argv))) == 2
@@ -38,6 +44,7 @@ def test_writes_a_file_that_was_checked(run, format, tmp_path, capsys):
     assert str(out) in printed and "largest difference" in printed
     assert ("bytes of activations" in printed) == (format == "c")
     assert [path.name for path in tmp_path.iterdir()] == [out.name]
+    assert out.stat().st_mode & 0o777 == 0o666 & ~umask()
     assert format != "c" or "void digits_run(const float *input, float *output);" in out.read_text()
 
 
@@ -96,15 +103,39 @@ def test_a_missing_unfinished_or_damaged_run_is_refused(run, format, damage, tmp
     assert not out.exists()
 
 
-def test_a_damaged_summary_is_refused(run, tmp_path, capsys):
+@pytest.mark.parametrize("content", ['{"method": "east"}', "[]", '{"classes": "ten", "input_shape": 5}', "{"])
+@pytest.mark.parametrize("command", ["export {} --format c --out {}.c", "bench inference {}"])
+def test_a_damaged_summary_is_refused(run, content, command, tmp_path, capsys):
     shutil.copytree(run, tmp_path / "run")
-    (tmp_path / "run" / "summary.json").write_text(json.dumps({"method": "east"}))
-    assert "summary.json" in refused(capsys, "export", tmp_path / "run", "--format", "c", "--out", tmp_path / "a.c")
+    (tmp_path / "run" / "summary.json").write_text(content)
+    assert "summary.json" in refused(capsys, *command.format(tmp_path / "run", tmp_path / "a").split())
+    assert [path.name for path in tmp_path.iterdir()] == ["run"]
 
 
 def test_a_target_that_cannot_be_written_is_refused(run, tmp_path, capsys):
     for out in (tmp_path, tmp_path / "no" / "a.c", "/proc/a.c", "/dev/full/a.c"):
         assert f"--out {out}" in refused(capsys, "export", run, "--format", "c", "--out", out)
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_unsupported_layer_is_refused(tmp_path, capsys, monkeypatch):
+    (tmp_path / "mine.py").write_text(
+        "from torch import nn\n\n\ndef gated(model):\n    model.fc = nn.Sequential(model.fc, nn.Sigmoid())\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    folder, out = tmp_path / "run", tmp_path / "out"
+    flags = "--data digits --limit 64 --model resnet20 --width 4 --epochs 1 --density 0.1 --method rigl --quiet"
+    assert main(["train", *flags.split(), "--transform", "mine:gated", "--out", str(folder)]) == 0
+    capsys.readouterr()
+    for format in ("c", "onnx"):
+        error = refused(capsys, "export", folder, "--format", format, "--out", out)
+        assert "fc.1: export does not support sigmoid" in error
+    assert not out.exists()
+
+
+def test_without_a_compiler_no_c_file_is_written(run, tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert "C compiler" in refused(capsys, "export", run, "--format", "c", "--out", tmp_path / "a.c")
     assert not list(tmp_path.iterdir())
 
 
@@ -114,4 +145,5 @@ def test_wrong_flags_are_refused(run, tmp_path, capsys):
     assert "onnx" in refused(capsys, "export", run, "--format", "tflite", "--out", out)
     assert "--name" in refused(capsys, "export", run, "--format", "c", "--out", tmp_path / "my-net.c")
     assert "--check" in refused(capsys, "export", run, "--format", "c", "--out", out, "--check", "0")
+    assert "--density" in refused(capsys, "bench", "inference", run, "--density", "0.1")
     assert not list(tmp_path.iterdir())

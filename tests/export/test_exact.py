@@ -10,7 +10,7 @@ from east_plugins import export, models
 from east_plugins.ops.maskable import maskable
 from east_plugins.sharing import share
 
-STRICT = ("-std=c99", "-Wall", "-Wextra", "-Werror", "-O1")
+STRICT = ("-std=c99", "-pedantic", "-Wall", "-Wextra", "-Werror", "-O1")
 
 
 def batches(shape):
@@ -94,6 +94,18 @@ def test_a_bottleneck_network_of_torchvision(randomise):
     randomise(model, torch.Generator().manual_seed(2))
     masks = masked(model, 0.001)
     check(model, masks, (3, 64, 64))
+
+
+class Doubled(nn.Module):
+    def forward(self, x):
+        return torch.cat([x, x], 1)
+
+
+@pytest.mark.parametrize(
+    "model", [nn.Identity(), nn.MaxPool2d(2), nn.AdaptiveAvgPool2d(1), nn.ReLU(), Doubled()], ids=str
+)
+def test_networks_without_weights(model):
+    check(model.eval(), {}, (2, 6, 6))
 
 
 def test_lines_and_vectors():

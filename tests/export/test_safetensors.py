@@ -72,7 +72,8 @@ def test_size_of_resnet34_at_9999():
     masks = masked(model, round(0.0001 * sum(w.numel() for w in maskable(model).values())))
     norms = sum(
         tensor.numel() * tensor.element_size()
-        for module in model.modules() if isinstance(module, nn.BatchNorm2d)
+        for module in model.modules()
+        if isinstance(module, nn.BatchNorm2d)
         for tensor in module.state_dict().values()
     )
     assert len(export.to_safetensors(model, masks)) - norms < 60_000

@@ -210,6 +210,7 @@ def test_families_of_networks(name):
 
 
 def test_rules_that_need_momentum_and_dct_layers_stay_dense(caplog):
+    caplog.set_level(logging.INFO)
     assert "dense gradient at every step" in build("auto", growth="momentum")[2].reason
 
     def network():
@@ -326,7 +327,7 @@ def test_auto_changes_nothing_but_the_speed_and_can_be_resumed(caplog):
 def test_auto_takes_the_faster(monkeypatch, faster):
     seconds = {"dense": 1.0, "sparse": 1.0, faster: 0.5}
     monkeypatch.setattr(
-        Engine, "_measure", lambda self, x, plans, backward: seconds["dense" if plans is None else "sparse"]
+        Engine, "_measure", lambda self, x, plans: seconds["dense" if plans is None else "sparse"]
     )
     model, host, engine = build("auto", frequency=None)
     train(model, host, 2)
