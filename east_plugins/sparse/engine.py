@@ -41,6 +41,8 @@ class Engine:
     active weight touches are left out of everything, where that is exact for the network (`liveness`). The model's own
     forward runs. On the step before a topology update by a rule that needs the dense gradient, everything is dense.
 
+    The model takes one tensor; calls with other arguments are dense.
+
     Gradients of weights appear in `.grad` as dense tensors that are zero at inactive weights. They do not pass through
     autograd's accumulation: hooks on those parameters are not called, and `torch.autograd.grad` of them gives None.
 
@@ -119,7 +121,8 @@ class Engine:
 
     @torch.compiler.disable
     def _enter(self, model: nn.Module, args: tuple) -> None:
-        plans = self._forced[-1] if self._forced else self._choose(args[0])
+        usual = len(args) == 1 and isinstance(args[0], Tensor)
+        plans = self._forced[-1] if self._forced else self._choose(args[0]) if usual else None
         for module, slot in self._slots.items():
             slot.plan = plans.get(module) if plans else None
 

@@ -54,7 +54,7 @@ class Sink:
         self.buffer, self.version = None, None
         if before is not None and before.is_clean():
             self.buffer = before.buffer
-            self.buffer[before.active.coordinates] = 0
+            before.active.put(self.buffer, 0)
             self.version = self.buffer._version
 
     def is_clean(self) -> bool:
@@ -70,7 +70,7 @@ class Sink:
         else:
             if not self.is_clean():
                 self.buffer = torch.zeros_like(self.weight)
-            self.buffer[self.active.coordinates] = gradient
+            self.active.put(self.buffer, gradient)
             self.weight.grad = self.buffer
         self.version = self.weight.grad._version
 

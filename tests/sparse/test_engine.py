@@ -88,7 +88,10 @@ RUNS = {
 }
 
 
-@pytest.mark.parametrize("options", RUNS.values(), ids=RUNS)
+@pytest.mark.parametrize("options", [
+    pytest.param(options, id=name, marks=() if name in ("plain", "adam", "everything") else pytest.mark.slow)
+    for name, options in RUNS.items()
+])  # fmt: skip
 def test_200_steps_with_10_updates_are_those_of_the_dense_engine(options, caplog):
     dense, sparse = build("dense", **options), build("sparse", **options)
     expected, losses = train(*dense[:2], 200), train(*sparse[:2], 200)
@@ -221,6 +224,12 @@ def test_rules_that_need_momentum_and_dct_layers_stay_dense(caplog):
     assert "in its own way" in build("auto", network)[2].reason
     assert caplog.text.count("the engine is dense") == 2
     assert build("dense")[2].dense
+
+
+def test_many_processes_stay_dense(monkeypatch):
+    monkeypatch.setattr("east_plugins.ops.distributed.active", lambda: True)
+    monkeypatch.setattr("east_plugins.ops.distributed.from_rank_0", lambda value: value)
+    assert "DistributedDataParallel" in build("auto")[2].reason
 
 
 def test_an_unknown_engine_is_refused():

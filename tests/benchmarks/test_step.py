@@ -1,0 +1,29 @@
+"""A whole training step on two CPU cores, batch 128, against the same step under dense masking."""
+
+from argparse import Namespace
+
+import pytest
+import torch
+
+from east_plugins.sparse import bench
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.mark.parametrize("masks", bench.MASKS)
+@pytest.mark.parametrize(
+    "model, density, times",
+    [
+        ("resnet34", 0.001, 2.5), ("resnet34", 0.0005, 5), ("resnet34", 0.0001, 15),
+        ("resnet50", 0.001, 2), ("resnet50", 0.0005, 4), ("resnet50", 0.0001, 10),
+    ],
+)  # fmt: skip
+def test_times_faster_than_dense_masking(model, density, times, masks):
+    torch.set_num_threads(2)
+    result = bench.step(
+        Namespace(model=model, classes=10, density=density, masks=masks, batch_size=128, repeats=1, growth="gradient",
+                  device="cpu", itop=None)
+    )  # fmt: skip
+    if masks != "random":  # nearly dead, so they prove little
+        assert result["ratios"]["dense_over_sparse"] >= times
+    assert result["ratios"]["dense_over_auto"] >= 0.97
