@@ -151,18 +151,23 @@ class Subject:
         return host
 
 
-def itop_host(args: Namespace):
-    """ITOP's own host, from a checkout, with the same network and gradients; silent, on a machine without CUDA too."""
-    file = args.itop / "sparselearning" / "core.py"
+def itop_core(checkout: Path):
+    """ITOP's module of hosts, from a checkout; silent, on a machine without CUDA too."""
+    file = checkout / "sparselearning" / "core.py"
     if not file.is_file():
-        raise UsageError(f"--itop {args.itop} is no checkout of ITOP: it has no sparselearning/core.py")
+        raise UsageError(f"--itop {checkout} is no checkout of ITOP: it has no sparselearning/core.py")
     spec = importlib.util.spec_from_file_location("itop_core", file)
     core = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(core)
     core.print = lambda *args: None
     if not torch.cuda.is_available():
         torch.Tensor.cuda = lambda tensor, *args, **kwargs: tensor
-    subject = Subject(args)
+    return core
+
+
+def itop_host(args: Namespace):
+    """ITOP's own host with the same network and gradients."""
+    core, subject = itop_core(args.itop), Subject(args)
     itop_args = Namespace(fix=False, update_frequency=sys.maxsize)
     decay = core.CosineDecay(0.5, 1000)
     return subject.masked_by(

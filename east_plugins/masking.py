@@ -23,12 +23,15 @@ from .ops.counts import apportion
 from .ops.maskable import maskable, theoretical_size, unwrap
 from .ops.optimizer_state import momentum_factor, state_names, state_tensors
 from .ops.packed import PackedState
+from .ops.select import fetch
 from .rules import legacy
 from .schedules.density import Constant, check_density
 
 logger = logging.getLogger(__name__)
 
-#: Layers of fewer active weights than this share are stepped packed; others with masked gradients.
+#: Layers of fewer active weights than this share are stepped packed on the CPU. All others, and all layers on an
+#: accelerator, are stepped dense with masked gradients: there it is the number of operations that costs, not their
+#: size, and a CUDA graph of a step stays valid when the topology changes.
 PACK_BELOW = 0.1
 
 
@@ -43,9 +46,9 @@ class Masking:
         mask.step()                 # in place of optimizer.step()
 
     Between updates inactive weights and their optimizer state are exactly zero: the optimizer sees the active values
-    of a sparse layer only (or masked gradients, where a tenth and more is active; every supported optimizer leaves a
-    zero with zero gradient at zero). A topology update drops and grows weights so that the number of active ones is
-    exactly what the density schedule says.
+    of a sparse layer only (or masked gradients, on an accelerator and where a tenth and more is active; every
+    supported optimizer leaves a zero with zero gradient at zero). A topology update drops and grows weights so that
+    the number of active ones is exactly what the density schedule says.
 
     Args:
         optimizer: SGD, Adam or AdamW over the model's parameters; others raise `UsageError`.
@@ -281,7 +284,8 @@ class Masking:
         """
         self._check_dense_gradients()
         layers = [self._layer(name) for name in self.masks]
-        before = [layer.mask.clone() for layer in layers]
+        old = [self.active(name) for name in self.masks]
+        before = [layer.mask.clone() for layer in layers] if self.keep_connected else []
         budgets = self._budgets(self.target_nonzeros(self.steps))
         counts = topology.update(
             layers,
@@ -293,14 +297,15 @@ class Masking:
         )
         if self.keep_connected:
             self._reconnect(layers, before)
-        for layer, old, count in zip(layers, before, counts, strict=True):
+        kept = [layer.mask.view(-1)[active.flat] for layer, active in zip(layers, old, strict=True)]
+        kept_counts = fetch([stays.sum().view(1) for stays in kept])
+        for layer, active, stays, number, count in zip(layers, old, kept, kept_counts, counts, strict=True):
             self.name2nonzeros[layer.name] = count
+            self.num_remove[layer.name] = len(active) - int(number)
             self.fired_masks[layer.name] |= layer.mask
-            gone = (old & ~layer.mask).nonzero(as_tuple=True)
-            self.num_remove[layer.name] = len(gone[0])
             weight = self.weights[layer.name]
             for tensor in (layer.weight, *state_tensors(self.optimizer, weight)):
-                tensor[gone] = 0
+                active.keep(tensor, stays)
             self._packed.move(weight, self.active(layer.name))
 
     def fired_masks_update(self) -> tuple[dict[str, float], float]:
@@ -407,7 +412,7 @@ class Masking:
 
     def active(self, name: str) -> Active:
         """Positions of a layer's active weights."""
-        return self._active.of(name, self._mask(name))
+        return self._active.of(name, self._mask(name), self.name2nonzeros[name])
 
     def _mask(self, name: str) -> Tensor:
         """The mask, on the device that the weight is on by now."""
@@ -425,16 +430,21 @@ class Masking:
             if weight.grad is None:
                 continue
             count, size = self.name2nonzeros[name], weight.numel()
-            sets[weight] = self.active(name) if count < PACK_BELOW * size else None
-            if PACK_BELOW * size <= count < size:
+            packed = count < PACK_BELOW * size and weight.device.type == "cpu"
+            sets[weight] = self.active(name) if packed else None
+            if not packed and count < size:
                 masked.append(name)
         return sets, masked
 
     @torch.no_grad()
     def _mask_gradients(self, names: Iterable[str]) -> None:
-        for name in names:
-            grad = self.weights[name].grad.masked_fill_(~self._mask(name), 0)
-            self._masked_gradients[name] = grad, grad._version
+        grads = {name: self.weights[name].grad for name in names}
+        if all(grad.is_cuda for grad in grads.values()) and grads:
+            torch._foreach_mul_(list(grads.values()), [self._mask(name) for name in grads])
+        else:
+            for name, grad in grads.items():
+                grad.masked_fill_(~self._mask(name), 0)
+        self._masked_gradients |= {name: (grad, grad._version) for name, grad in grads.items()}
 
     def _check_dense_gradients(self) -> None:
         for name, weight in self.weights.items():
@@ -450,13 +460,14 @@ class Masking:
     def _track_momentum(self) -> None:
         if "momentum" not in self.needs:
             return
-        factor = momentum_factor(self.optimizer)
-        for name, weight in self.weights.items():
-            if weight.grad is None:
-                continue
+        grads = {name: weight.grad for name, weight in self.weights.items() if weight.grad is not None}
+        for name in grads:
             if name not in self._momentum:
-                self._momentum[name] = torch.zeros_like(weight)
-            self._momentum[name].mul_(factor).add_(weight.grad)
+                self._momentum[name] = torch.zeros_like(self.weights[name])
+        if grads:
+            averages = [self._momentum[name] for name in grads]
+            torch._foreach_mul_(averages, momentum_factor(self.optimizer))
+            torch._foreach_add_(averages, list(grads.values()))
 
     def _decay_rate(self) -> None:
         decay = self.death_rate_decay

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .layer import Layer
 from .ops.counts import apportion
-from .ops.select import lowest_k, top_k
+from .ops.select import Selection, fetch, highest, lowest, positions, together
 
 
 @dataclass(frozen=True)
@@ -46,12 +46,15 @@ def update(
     with a rising density more is grown, with a falling one more is dropped. Weights whose importance is `inf` are
     not replaced. Every layer keeps at least one active weight.
     """
-    importance = [rules.prune(layer, 0) for layer in layers]
+    places = [positions(layer.mask, count) for layer, count in zip(layers, active, strict=True)]
+    importance = [rules.prune(layer, 0).reshape(-1)[at] for layer, at in zip(layers, places, strict=True)]
     if rules.redistribute is not None:
         shares = [max(0.0, float(rules.redistribute(layer, 0))) for layer in layers]
-    keep = _keep(layers, rules, active, budgets, importance, rate)
-    for layer, count, kept, score in zip(layers, active, keep, importance, strict=True):
-        layer.mask.view(-1)[lowest_k(score, count - kept, layer.mask, generator)] = False
+    keep = _keep(rules, active, budgets, importance, rate)
+    drops = [a - kept for a, kept in zip(active, keep, strict=True)]
+    least = together([lowest(score, k, generator) for score, k in zip(importance, drops, strict=True)])
+    for layer, place, dropped in zip(layers, places, least, strict=True):
+        layer.mask.view(-1).index_fill_(0, place[dropped], False)
     if rules.fixed_budgets:
         after = list(budgets)
     else:
@@ -60,33 +63,37 @@ def update(
         room = [layer.mask.numel() - kept for layer, kept in zip(layers, keep, strict=True)]
         grown = apportion(shares, sum(budgets) - sum(keep), 0, room)
         after = [kept + more for kept, more in zip(keep, grown, strict=True)]
-    for layer, kept, count in zip(layers, keep, after, strict=True):
-        if count > kept:
-            score = rules.grow(layer, count - kept)
-            layer.mask.view(-1)[top_k(score, count - kept, ~layer.mask, generator)] = True
+    growing = [(layer, count - kept) for layer, kept, count in zip(layers, keep, after, strict=True) if count > kept]
+    best = together([_best(rules, layer, k, generator) for layer, k in growing])
+    for (layer, _), place in zip(growing, best, strict=True):
+        layer.mask.view(-1).index_fill_(0, place, True)
     return after
 
 
-def _keep(layers, rules, active, budgets, importance, rate) -> list[int]:
-    """Active weights that each layer keeps."""
-    fixed = [int(torch.isposinf(s[layer.mask]).sum()) for layer, s in zip(layers, importance, strict=True)]
+def _best(rules: Rules, layer: Layer, k: int, generator: torch.Generator) -> Selection:
+    """What grows in one layer; its scores, as large as the layer, are made when their turn comes."""
+    return (yield from highest(rules.grow(layer, k), k, ~layer.mask, generator))
+
+
+def _keep(rules, active, budgets, importance, rate) -> list[int]:
+    """Active weights that each layer keeps, from the importance of its active ones."""
+    fixed = [int(count) for count in fetch([torch.isposinf(scores).sum().view(1) for scores in importance])]
     if rules.fixed_budgets:
         bases = [min(pair) for pair in zip(active, budgets, strict=True)]
         return [min(b, max(b - int(rate * b), f)) for b, f in zip(bases, fixed, strict=True)]
     base = min(sum(active), sum(budgets))
-    total = min(base, max(base - int(rate * base), sum(fixed), len(layers)))
+    total = min(base, max(base - int(rate * base), sum(fixed), len(active)))
     if rules.scope == "global":
-        return _keep_globally(layers, importance, total)
-    lower = [max(1, f) for f in fixed] if sum(fixed) + len(layers) <= total else 1
+        return _keep_globally(importance, total)
+    lower = [max(1, f) for f in fixed] if sum(fixed) + len(active) <= total else 1
     return apportion(active, total, lower, active)
 
 
-def _keep_globally(layers, importance, total) -> list[int]:
+def _keep_globally(importance, total) -> list[int]:
     """How many of the `total` most important weights over all layers lie in each; at least one a layer."""
-    active_scores = (score[layer.mask] for layer, score in zip(layers, importance, strict=True))
-    scores = [score.float().sort(descending=True).values for score in active_scores]
+    scores = [score.float().sort(descending=True).values for score in importance]
     for score in scores:
         score[0] = torch.inf
     owner = torch.cat([torch.full((len(score),), i) for i, score in enumerate(scores)])
     best = torch.cat(scores).cpu().argsort(descending=True, stable=True)[:total]
-    return torch.bincount(owner[best], minlength=len(layers)).tolist()
+    return torch.bincount(owner[best], minlength=len(importance)).tolist()

@@ -315,7 +315,9 @@ def _cut_metrics(path: Path, epochs: int) -> None:
 
 
 def _optimizer(options: Config, model: nn.Module) -> torch.optim.Optimizer:
-    parameters, shared = list(model.parameters()), dict(lr=options.lr, weight_decay=options.weight_decay)
+    parameters = list(model.parameters())
+    fused = True if parameters[0].is_cuda else None  # None: PyTorch's choice
+    shared = dict(lr=options.lr, weight_decay=options.weight_decay, fused=fused)
     if options.optimizer == "sgd":
         return torch.optim.SGD(parameters, momentum=options.momentum, nesterov=options.nesterov, **shared)
     return {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[options.optimizer](parameters, **shared)

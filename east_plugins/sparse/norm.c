@@ -35,7 +35,7 @@ static inline __attribute__((always_inline)) double sum(
 
 /* y = weight (x - mean) / sqrt(variance + eps) + bias, mean and biased variance of each channel of n numbers. */
 void norm_forward(int channels, ptrdiff_t n, const REAL *x, const REAL *weight, const REAL *bias, double eps, REAL *y,
-                  REAL *mean, REAL *variance)
+                  double *mean, double *variance)
 {
 #pragma omp parallel for schedule(dynamic)
     for (int c = 0; c < channels; c++) {
@@ -50,10 +50,11 @@ void norm_forward(int channels, ptrdiff_t n, const REAL *x, const REAL *weight, 
             squares += (block - m) * (block - m) * (double)i * (double)count / (double)(i + count);
             m += (block - m) * (double)count / (double)(i + count);
         }
-        mean[c] = (REAL)m;
-        variance[c] = (REAL)(squares / (double)n);
-        const double scale = (weight ? (double)weight[c] : 1) / sqrt(squares / (double)n + eps);
-        const REAL a = (REAL)scale, b = bias ? bias[c] : 0, centre = (REAL)m;
+        mean[c] = m;
+        variance[c] = squares / (double)n;
+        const double scale = (weight ? (double)weight[c] : 1) / sqrt(variance[c] + eps);
+        const REAL centre = (REAL)m, a = (REAL)scale;
+        const REAL b = (REAL)((bias ? (double)bias[c] : 0) + ((double)centre - m) * scale);
         ptrdiff_t i = 0;
         for (; i + LANES <= n; i += LANES)
             *(vec *)(out + i) = (*at(in + i) - centre) * a + b;
@@ -63,27 +64,30 @@ void norm_forward(int channels, ptrdiff_t n, const REAL *x, const REAL *weight, 
 }
 
 /* Gradients of the input, weight and bias (the latter two may be NULL), from that of the output. */
-void norm_backward(int channels, ptrdiff_t n, const REAL *x, const REAL *weight, const REAL *mean,
-                   const REAL *variance, double eps, const REAL *grad, REAL *grad_x, REAL *grad_weight, REAL *grad_bias)
+void norm_backward(int channels, ptrdiff_t n, const REAL *x, const REAL *weight, const double *mean,
+                   const double *variance, double eps, const REAL *grad, REAL *grad_x, REAL *grad_weight, REAL *grad_bias)
 {
 #pragma omp parallel for schedule(dynamic)
     for (int c = 0; c < channels; c++) {
         const REAL *in = x + c * n, *g = grad + c * n;
         REAL *out = grad_x + c * n;
+        const REAL centre = (REAL)mean[c];
         double total = 0, product = 0;
         for (ptrdiff_t i = 0; i < n; i += BLOCK) {
             const ptrdiff_t count = n - i < BLOCK ? n - i : BLOCK;
             total += sum(g + i, 0, NULL, 0, count);
-            product += sum(g + i, 0, in + i, mean[c], count);
+            product += sum(g + i, 0, in + i, centre, count);
         }
-        const double inverse = 1 / sqrt((double)variance[c] + eps);
+        product += ((double)centre - mean[c]) * total;
+        const double inverse = 1 / sqrt(variance[c] + eps);
         if (grad_weight)
             grad_weight[c] = (REAL)(product * inverse);
         if (grad_bias)
             grad_bias[c] = (REAL)total;
         const double scale = (weight ? (double)weight[c] : 1) * inverse;
-        const REAL a = (REAL)scale, b = (REAL)(-scale * inverse * inverse * product / (double)n), centre = mean[c];
-        const REAL shift = (REAL)(-scale * total / (double)n);
+        const double slope = -scale * inverse * inverse * product / (double)n;
+        const REAL a = (REAL)scale, b = (REAL)slope;
+        const REAL shift = (REAL)(-scale * total / (double)n + ((double)centre - mean[c]) * slope);
         ptrdiff_t i = 0;
         for (; i + LANES <= n; i += LANES)
             *(vec *)(out + i) = *at(g + i) * a + (*at(in + i) - centre) * b + shift;

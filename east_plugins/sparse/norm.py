@@ -19,7 +19,7 @@ def normalise(
     if in_planes(x) and x.device.type == "cpu" and x.dtype in kernel.REAL and kernel.load(x.dtype) is not None:
         y, mean, variance = _Normalise.apply(x, weight, bias, eps)
         count = x.numel() // x.shape[1]
-        return y, mean, variance * (count / max(1, count - 1))
+        return y, mean.to(x.dtype), (variance * (count / max(1, count - 1))).to(x.dtype)
     mean, variance = x.new_zeros(2, x.shape[1], dtype=torch.promote_types(x.dtype, torch.float32))
     return F.batch_norm(x, mean, variance, weight, bias, True, 1.0, eps), mean, variance
 
@@ -39,7 +39,8 @@ class _Normalise(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float):
         x = planes(x)
-        y, mean, variance = torch.empty_like(x), x.new_empty(len(x)), x.new_empty(len(x))
+        y = torch.empty_like(x)
+        mean, variance = torch.empty(2, len(x), dtype=torch.float64).unbind()
         tensors = [kernel.pointer(tensor) for tensor in (x, weight, bias, y, mean, variance)]
         kernel.load(x.dtype).norm_forward(*_sizes(x), *tensors[:3], ctypes.c_double(eps), *tensors[3:])
         ctx.save_for_backward(x, weight, mean, variance)
@@ -53,7 +54,7 @@ class _Normalise(torch.autograd.Function):
         x, weight, mean, variance = ctx.saved_tensors
         grad, grad_x = planes(grad), torch.empty_like(x)
         grad_weight = None if weight is None else torch.empty_like(weight)
-        grad_bias = torch.empty_like(mean) if ctx.has_bias else None
+        grad_bias = x.new_empty(len(x)) if ctx.has_bias else None
         before = [kernel.pointer(tensor) for tensor in (x, weight, mean, variance)]
         after = [kernel.pointer(tensor) for tensor in (grad, grad_x, grad_weight, grad_bias)]
         kernel.load(x.dtype).norm_backward(*_sizes(x), *before, ctypes.c_double(ctx.eps), *after)

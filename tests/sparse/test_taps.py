@@ -90,7 +90,7 @@ def test_paddings_without_taps_are_convolved_compactly(padding_mode, padding):
     torch.testing.assert_close(plan_of(module, mask)(x), module(x))
 
 
-@settings(deadline=None, max_examples=40)
+@settings(deadline=None, max_examples=100)
 @given(
     channels=st.integers(1, 5), images=st.integers(2, 70), side=st.integers(1, 12), affine=st.booleans(),
     offset=st.sampled_from([0.0, 1e3]), dtype=st.sampled_from([torch.float32, torch.float64]), seed=st.integers(0, 99),
@@ -107,7 +107,7 @@ def test_the_norm_equals_pytorchs_and_its_gradients(channels, images, side, affi
     ours = [t if t is None else t.detach().to(dtype).requires_grad_() for t in (as_planes(x), weight, bias)]
     y, mean, variance = normalise(*ours, 1e-5)
     (y * direction.to(dtype)).sum().backward()
-    tolerance = 1e-9 if dtype == torch.float64 else 1e-2 if offset else 1e-4
+    tolerance = 1e-9 if dtype == torch.float64 else 2e-3 if offset else 1e-4
     for got, want in [(y, expected), (mean, running[0]), (variance, running[1])]:
         torch.testing.assert_close(got.double(), want, rtol=tolerance, atol=tolerance)
     for got, want in zip(ours, exact, strict=True):
