@@ -310,10 +310,11 @@ class Masking:
 
     def fired_masks_update(self) -> tuple[dict[str, float], float]:
         """Share of weights active at least once so far: per layer, and over all (the ITOP rate)."""
-        fired = {}
-        for name, mask in self.fired_masks.items():
-            mask |= self._mask(name)
-            fired[name] = int(mask.sum())
+        for name in self.masks:
+            mask = self._mask(name)  # first: brings both to the weight's device
+            self.fired_masks[name] |= mask
+        counts = fetch([mask.sum().view(1) for mask in self.fired_masks.values()])
+        fired = {name: int(count) for name, count in zip(self.fired_masks, counts, strict=True)}
         shares = {name: count / self.masks[name].numel() for name, count in fired.items()}
         return shares, sum(fired.values()) / sum(mask.numel() for mask in self.masks.values())
 

@@ -225,9 +225,9 @@ class Trainer:
 
     def finish(self) -> dict[str, Any]:
         """Test the best network, once, and write the summary."""
-        self.engine.remove()  # the best network has masks of its own
         self.model.load_state_dict(self.best["model"])
         masks = self.best["masks"]
+        self.host.load_state_dict({**self.host.state_dict(), "masks": masks})
         nonzeros = sum(int(mask.sum()) for mask in masks.values())
         summary = {
             "method": self.options.method,

@@ -211,7 +211,8 @@ def test_bench_reports_ratios(capsys):
         assert report["ratios"][ratio] > 0 and report["threads"] >= 1
         if what[0] == "step":
             masked, ours = (report["memory_mib"][name] for name in ("masked", "ours, sparse"))
-            assert all(0 < ours[part] < masked[part] for part in masked)
+            assert 0 < 5 * ours["optimizer_state"] < masked["optimizer_state"]
+            assert ours["kept_for_backward"] > 0
         assert {"name", "median_ms", "min_ms", "max_ms"} == set(report["rows"][0])
 
 

@@ -62,7 +62,7 @@ def fetch(tensors: Sequence[Tensor]) -> Sequence[Tensor]:
 def positions(mask: Tensor, count: int) -> Tensor:
     """Flat indices of the `count` true entries of a mask, ascending; does not wait for the device."""
     flat = mask.reshape(-1)
-    return flat.nonzero().flatten() if _on_cpu(flat) else torch.nonzero_static(flat, size=count).flatten()
+    return flat.nonzero().flatten() if _asks_nothing(flat) else torch.nonzero_static(flat, size=count).flatten()
 
 
 def highest(scores: Tensor, k: int, eligible: Tensor, generator: torch.Generator) -> Selection:
@@ -73,7 +73,7 @@ def highest(scores: Tensor, k: int, eligible: Tensor, generator: torch.Generator
         return (yield from _random(k, eligible, generator))
     scores = torch.where(eligible, scores, -torch.inf).reshape(-1).nan_to_num_(-torch.inf, torch.inf, -torch.inf)
     candidates, among = None, eligible.reshape(-1)
-    if _on_cpu(scores):  # an accelerator goes over all of them faster than the host knows how many are needed
+    if _asks_nothing(scores):  # an accelerator goes over all of them faster than the host knows how many are needed
         candidates = _at_least_kth_block_maximum(scores, k, among)
         scores, among = scores[candidates], among[candidates]
     cut = scores.topk(k, sorted=False).values.min()
@@ -115,7 +115,7 @@ def choose(n: int, k: int, generator: torch.Generator) -> Tensor:
 
 def _found(*masks: Tensor) -> Generator[Tensor, Tensor, list[Tensor]]:
     """Positions of the true entries of masks; their numbers are asked of the device together."""
-    if _on_cpu(masks[0]):
+    if _asks_nothing(masks[0]):
         yield masks[0][:0]  # nothing to ask, but the same turns as on other devices
         return [mask.nonzero().flatten() for mask in masks]
     counts = yield torch.stack([mask.sum() for mask in masks])
@@ -127,8 +127,9 @@ def _upload(indices: Tensor, device: torch.device) -> Tensor:
     return indices.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else indices.to(device)
 
 
-def _on_cpu(tensor: Tensor) -> bool:
-    return tensor.device.type == "cpu"
+def _asks_nothing(tensor: Tensor) -> bool:
+    """Whether sizes are found as they come: on the CPU, and where PyTorch has no `nonzero_static` for sure."""
+    return not tensor.is_cuda
 
 
 def _at_least_kth_block_maximum(scores: Tensor, k: int, eligible: Tensor) -> Tensor:

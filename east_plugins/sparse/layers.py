@@ -113,7 +113,7 @@ class LayerPlan:
         )
         self.coordinates = (target, source, *place)
         self.outputs = None if len(outputs) == sizes[0] else outputs.to(device)
-        self.split = _channels(outputs, sizes[0]) if split and isinstance(module, nn.Conv2d) else None
+        self.split = _channels(outputs, sizes[0], device) if split and isinstance(module, nn.Conv2d) else None
         self._taps: TapConvolution | None = None
 
     def __call__(self, x: Tensor | Split) -> Tensor | Split:
@@ -235,11 +235,11 @@ class NormPlan:
         return 1 / (float(self.module.num_batches_tracked) + 1) if momentum is None else momentum
 
 
-def _channels(kept: Tensor, count: int) -> Channels | None:
+def _channels(kept: Tensor, count: int, device: torch.device) -> Channels | None:
     """None where all are kept."""
     rest = torch.ones(count, dtype=torch.bool)
     rest[kept] = False
-    return Channels(kept, rest.nonzero().squeeze(1)) if rest.any() else None
+    return Channels(kept.to(device), rest.nonzero().squeeze(1).to(device)) if rest.any() else None
 
 
 def _device(module: nn.Module) -> torch.device | None:

@@ -3,7 +3,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from east_plugins.ops.select import choose, lowest_k, random_k, top_k
+from east_plugins.ops import select
+from east_plugins.ops.select import choose, lowest_k, random_k, together, top_k
 
 
 def generator(seed=0):
@@ -77,3 +78,26 @@ def test_nan_scores_of_a_large_layer_still_give_exactly_k():
     scores, eligible = torch.full((50_000,), torch.nan), torch.rand(50_000, generator=generator()) < 0.5
     chosen = top_k(scores, 5, eligible, generator())
     assert len(chosen.unique()) == 5 and eligible[chosen].all()
+
+
+@pytest.mark.parametrize("accelerator", [False, True])
+def test_selections_together_are_those_one_by_one(accelerator, monkeypatch):
+    """On the CPU's way and on the one of a device that is asked once for all layers."""
+    draw = generator(5)
+    layers = []
+    for size in (40, 70_000, 3000):  # all and few of the positions wanted, ties at the boundary
+        scores = torch.randint(30, (size,), generator=draw).double()
+        layers += [(scores, size // 50 + 1, torch.rand(size, generator=draw) < 0.6)]
+        layers += [(torch.zeros(()).expand(size), size // 50 + 1, layers[-1][2])]
+    one_by_one, draws = [], generator(1)
+    for layer in layers[::2]:
+        one_by_one.append(top_k(*layer, draws))
+    if accelerator:
+        monkeypatch.setattr(select, "_asks_nothing", lambda tensor: False)
+    draws = generator(1)
+    for alone, at_once in zip(one_by_one, together([select.highest(*x, draws) for x in layers[::2]]), strict=True):
+        assert sorted(alone.tolist()) == sorted(at_once.tolist())
+    for (_, k, eligible), chosen in zip(
+        layers[1::2], together([select.highest(*x, draws) for x in layers[1::2]]), strict=True
+    ):
+        assert len(chosen.unique()) == k and eligible[chosen].all()

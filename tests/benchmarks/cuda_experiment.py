@@ -1,0 +1,245 @@
+"""The paper's headline on one GPU: extreme sparsities, the methods beside each other. Run by cuda.sh experiment.
+
+A part trains its runs, several side by side, for at most 9 minutes; the same command goes on where it stopped.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import pickle
+import signal
+import subprocess
+import sys
+import tarfile
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from io import BytesIO
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from east_plugins import compare, config, flags, runs
+from east_plugins.errors import UsageError
+
+LIMIT = 520  # seconds of a call
+SAVING = 20  # seconds of it that stopped runs have for writing their state
+SPARSITIES = "0.9995,0.9999"
+METHODS = {
+    "paper": "rigl,set,rigl+dyrelu,rigl+share,east",
+    "connected": "rigl+connected,east+connected",
+    "dctps": "rigl+dctps,east+dctps",
+}
+PARTS = {f"{model}-{group}": (model, group) for model in ("resnet34", "resnet50") for group in METHODS}
+IMAGES = (".jpg", ".jpeg", ".png")
+
+
+def settings(part: str, args: argparse.Namespace) -> dict:
+    """The flags of a part's runs as `compare` has them: Table B.1 scaled to the epochs; DCTpS: Tables C.2 to C.5."""
+    model, group = PARTS[part]
+    epochs = args.epochs or (4 if args.tiny else 12)
+    cuda = torch.cuda.is_available()
+    given = {
+        "methods": METHODS[group], "sparsities": SPARSITIES, "seeds": args.seeds, "jobs": args.jobs,
+        "out": args.out / part, "model": model, "data": "cifar10", "data_dir": str(args.out / "data"), "epochs": epochs,
+        "device": "cuda" if cuda else "cpu", "amp": True, "channels_last": True, "threads": 1, "batch_size": 128,
+    }  # fmt: skip
+    if group == "dctps":  # the paper's optimizer for it, on the schedule that all have
+        drops = [epochs * drop / 250 for drop in (75, 150)]
+        given |= {"optimizer": "adam", "weight_decay": 5e-4, "lr_drops": drops}
+    if args.tiny:
+        given |= {"width": 4, "limit": 64, "batch_size": 16, "sparsities": "0.9"}
+    return given
+
+
+def jobs(part: str, args: argparse.Namespace) -> list[compare.Job]:
+    found = compare.jobs(settings(part, args))
+    return found[:2] if args.tiny else found
+
+
+# ---------------------------------------------------------------------- data, decoded once
+
+
+def prepare(source: Path, folder: Path) -> None:
+    """Class folders `train` and `test` of 32x32 images, as a tree or a tar archive of it, as CIFAR-10's own files of
+    uint8 arrays in `folder`, where `--data cifar10` reads them."""
+    target = folder / "cifar-10-batches-py"
+    if target.is_dir():
+        return
+    files: dict[str, dict[str, list[tuple[str, bytes]]]] = {"train": {}, "test": {}}
+    for path, content in _files(source):
+        place = path.split("/")
+        if len(place) >= 3 and place[-3] in files and path.lower().endswith(IMAGES):
+            files[place[-3]].setdefault(place[-2], []).append((path, content))
+    classes = sorted(files["train"])
+    if not classes or sorted(files["test"]) != classes:
+        raise UsageError(f"--data {source}: expected are train/<class>/ and test/<class>/ with the same classes")
+    unfinished = folder / f".unfinished-{os.getpid()}"
+    unfinished.mkdir(parents=True)
+    for part, names in (("train", [f"data_batch_{i}" for i in range(1, 6)]), ("test", ["test_batch"])):
+        content = [(i, image) for i, name in enumerate(classes) for _, image in sorted(files[part][name])]
+        with ThreadPoolExecutor() as pool:
+            images = np.stack(list(pool.map(_decode, [image for _, image in content])))
+        labels = np.array([label for label, _ in content])
+        for name, index in zip(names, np.array_split(np.arange(len(labels)), len(names)), strict=True):
+            batch = {"data": images[index].reshape(len(index), -1), "labels": labels[index].tolist()}
+            (unfinished / name).write_bytes(pickle.dumps(batch, protocol=2))
+    unfinished.rename(target)
+
+
+def _files(source: Path) -> Iterator[tuple[str, bytes]]:
+    """Path and content of every file in a folder or a tar archive."""
+    if source.is_dir():
+        for path in source.rglob("*"):
+            if path.suffix.lower() in IMAGES:
+                yield path.as_posix(), path.read_bytes()
+        return
+    try:
+        with tarfile.open(source) as archive:
+            for member in archive:
+                if member.isfile():
+                    yield member.name, archive.extractfile(member).read()
+    except (OSError, tarfile.TarError) as error:
+        raise UsageError(f"--data {source} is neither a folder nor a readable tar archive: {error}") from error
+
+
+def _decode(content: bytes) -> np.ndarray:
+    """uint8 [3, 32, 32]."""
+    from PIL import Image
+
+    with Image.open(BytesIO(content)) as image:
+        if image.size != (32, 32):
+            raise UsageError(f"--data: images must have 32x32 pixels, found {image.width}x{image.height}")
+        return np.asarray(image.convert("RGB")).transpose(2, 0, 1)
+
+
+# ---------------------------------------------------------------------- running
+
+
+def run(part: str, args: argparse.Namespace) -> bool:
+    """Train what is unfinished, `args.jobs` runs at a time, until done or out of time; True when all are done."""
+    ends = args.began + args.seconds - SAVING
+    todo = [job for job in jobs(part, args) if runs.read_summary(job.out) is None]
+    running: dict[compare.Job, subprocess.Popen] = {}
+    try:
+        while todo or running:
+            while todo and len(running) < args.jobs and time.monotonic() < ends:
+                job = todo.pop(0)
+                running[job] = _start(job)
+            for job in [job for job, process in running.items() if process.poll() is not None]:
+                _ended(job, running.pop(job).returncode)
+            if time.monotonic() >= ends:
+                break
+            time.sleep(0.2)
+    finally:
+        _stop(running)
+    return all(runs.read_summary(job.out) for job in jobs(part, args))
+
+
+def _start(job: compare.Job) -> subprocess.Popen:
+    parser = flags.Parser(add_help=False)
+    config.add_flags(parser)
+    arguments = flags.as_arguments(job.options.as_dict(), parser, str(job.out))
+    command = [sys.executable, "-m", "east_plugins", "train", "--resume", "--quiet", "--out", str(job.out), *arguments]
+    job.out.parent.mkdir(parents=True, exist_ok=True)
+    with open(f"{job.out}.txt", "a") as log:
+        return subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True)
+
+
+def _ended(job: compare.Job, code: int) -> None:
+    log = Path(f"{job.out}.txt").read_text().splitlines()
+    print(f"{job.out.name}: {log[-1] if log else f'exit {code}'}", file=sys.stderr, flush=True)
+
+
+def _stop(running: dict[compare.Job, subprocess.Popen]) -> None:
+    """Have runs save themselves; what has not ended in time is killed and goes on from its last epoch."""
+    for process in running.values():
+        process.send_signal(signal.SIGINT)
+    ends = time.monotonic() + SAVING
+    for job, process in running.items():
+        try:
+            process.wait(max(0.1, ends - time.monotonic()))
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+        _ended(job, process.returncode)
+
+
+# ---------------------------------------------------------------------- table
+
+
+def table(out: Path) -> str:
+    """Test accuracy of all finished runs of all parts, methods down, sparsities across, one table a network."""
+    texts, everything = [], {}
+    for model in ("resnet34", "resnet50"):
+        found = []
+        for group in METHODS:
+            folders = sorted(path for path in (out / f"{model}-{group}").glob("*-seed*") if path.is_dir())
+            found += [(folder, summary) for folder in folders if (summary := runs.read_summary(folder))]
+            unfinished = [folder.name for folder in folders if runs.read_summary(folder) is None]
+            texts += [f"unfinished in {model}-{group}: {', '.join(unfinished)}\n"] * bool(unfinished)
+        if not found:
+            continue
+        pairs = [(_job(folder), summary) for folder, summary in found]
+        order = ",".join(METHODS.values()).split(",")
+        pairs.sort(key=lambda pair: (order.index(pair[0].method), pair[0].sparsity, pair[0].seed))
+        rows = compare.collect(pairs)
+        epochs = sorted({summary["epochs"] for _, summary in pairs})
+        texts.append(f"{model}, {'/'.join(map(str, epochs))} epochs, test accuracy in % (active weights on a path)\n\n"
+                     + compare.markdown(rows))  # fmt: skip
+        everything[model] = {job.out.name: summary for job, summary in pairs}
+    if not everything:
+        raise UsageError(f"--out {out} holds no finished run; expected is the folder of the other parts")
+    runs.write_atomically(out / "table.json", json.dumps(everything, indent=1) + "\n")
+    text = "\n".join(texts)
+    runs.write_atomically(out / "table.md", text)
+    return text
+
+
+def _job(folder: Path) -> compare.Job:
+    method, sparsity, seed = folder.name.rsplit("-", 2)
+    return compare.Job(method, float(sparsity), int(seed.removeprefix("seed")), runs.read_config(folder), folder)
+
+
+def main() -> int:
+    parser = flags.Parser(prog="cuda.sh experiment", description=__doc__)
+    parser.add_argument("part", help=f"{', '.join(PARTS)}, or table", metavar="PART")
+    parser.add_argument("--tiny", action="store_true", help="two small runs of the part; also without CUDA")
+    parser.add_argument("--data", type=Path, metavar="PATH", help="class folders of 32x32 images, or a tar of them")
+    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder of runs, data and table")
+    parser.add_argument("--epochs", type=int, metavar="N", help="length of every run (default: 12)")
+    parser.add_argument("--seeds", default="0", metavar="N,N", help="one run for each seed (default: 0)")
+    parser.add_argument("--jobs", type=int, default=4, metavar="N", help="runs side by side on the GPU (default: 4)")
+    parser.add_argument("--seconds", type=float, default=LIMIT, metavar="N", help=f"then stop (default: {LIMIT})")
+    args = parser.parse_args()
+    args.began, args.out = time.monotonic(), args.out.resolve()
+    if args.part == "table":
+        print(table(args.out))
+        return 0
+    if args.part not in PARTS:
+        raise UsageError(f"unknown part {args.part!r}; allowed: {', '.join(PARTS)}, table")
+    if not args.tiny and not torch.cuda.is_available():
+        raise UsageError("this torch sees no CUDA device; allowed without one is --tiny")
+    todo = jobs(args.part, args)
+    if not (args.out / "data" / "cifar-10-batches-py").is_dir():
+        if args.data is None or not args.data.exists():
+            raise UsageError("--data must name a folder or archive with train/<class>/ and test/<class>/")
+        prepare(args.data, args.out / "data")
+    finished = run(args.part, args)
+    done = sum(runs.read_summary(job.out) is not None for job in todo)
+    print(f"{args.part}: {done} of {len(todo)} runs finished" + ("" if finished else "; the same command goes on"))
+    return 0
+
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # runs are stopped, and save, on the way out
+    try:
+        sys.exit(main())
+    except UsageError as error:
+        print(f"cuda.sh: error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit(130)
