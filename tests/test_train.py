@@ -15,7 +15,9 @@ from east_plugins import runs
 from east_plugins.__main__ import main
 from east_plugins.errors import UsageError
 
-TINY = "--data digits --limit 160 --model resnet20 --width 4 --batch-size 32 --density 0.05 --threads 1 --quiet".split()
+# the engine `auto` may choose otherwise the second time
+TINY = "--data digits --limit 160 --model resnet20 --width 4 --batch-size 32 --density 0.05 --engine sparse".split()
+TINY += "--threads 1 --quiet".split()
 KEYS = {
     "method", "model", "data", "input_shape", "density", "nonzeros", "maskable", "parameters", "test_accuracy",
     "best_validation_accuracy", "itop_rate", "steps", "epochs", "seconds", "weights_sha256", "effective_density",
