@@ -13,13 +13,13 @@ from torch import Tensor, nn
 
 from . import registry, topology
 from .errors import UsageError
+from .init.allocation import Allocation
 from .init.connected import reconnect
-from .init.layerwise import budgets, random_mask
 from .init.weights import sparse_fan_in
 from .layer import Layer
 from .ops import distributed
 from .ops.active import Active, ActiveSets
-from .ops.counts import apportion
+from .ops.gradients import MaskedGradients, accumulate
 from .ops.maskable import maskable, theoretical_size, unwrap
 from .ops.optimizer_state import momentum_factor, state_names, state_tensors
 from .ops.packed import PackedState
@@ -29,13 +29,12 @@ from .schedules.density import Constant, check_density
 
 logger = logging.getLogger(__name__)
 
-#: Layers of fewer active weights than this share are stepped packed on the CPU. All others, and all layers on an
-#: accelerator, are stepped dense with masked gradients: there it is the number of operations that costs, not their
-#: size, and a CUDA graph of a step stays valid when the topology changes.
+#: Layers of a smaller active share are stepped packed on the CPU; all others dense with masked gradients, which on an
+#: accelerator costs fewer operations and keeps a CUDA graph of a step valid when the topology changes.
 PACK_BELOW = 0.1
 
 
-class Masking:
+class Masking(legacy.Surface):
     """Sparse training host with ITOP's call surface: exact counts, any device, any registered rule.
 
         mask = Masking(optimizer, death_rate=0.5, death_mode="magnitude", growth_mode="gradient",
@@ -121,11 +120,10 @@ class Masking:
         self.num_remove: dict[str, int] = {}
         self.modules: list[nn.Module] = []
         self.input_shape: tuple[int, ...] | None = None
-        self._drawn_counts: list[int] | None = None
         self._momentum: dict[str, Tensor] = {}
         self._active = ActiveSets()
         self._packed = PackedState(optimizer)
-        self._masked_gradients: dict[str, tuple[Tensor, int]] = {}
+        self._masked_gradients = MaskedGradients()
         self.engine: Any = None  #: the sparse engine, where one is attached
 
     # ------------------------------------------------------------------ building
@@ -168,20 +166,14 @@ class Masking:
         self.input_shape = None if input_shape is None else tuple(input_shape)
         self.weights, self.modules = weights, [module]
         self.theoretical_size = theoretical_size(model)
-        masks = distributed.from_rank_0(self._draw(model))
+        self._allocation = Allocation(sparse_init)
+        drawn = self._allocation.draw(model, weights, self.target_nonzeros(0), self.input_shape, self.generator)
+        masks = distributed.from_rank_0(drawn)
         self._set_masks({name: mask.to(weights[name].device) for name, mask in masks.items()})
         if weight_init == "sparse-fan-in":
             sparse_fan_in(weights, self.masks, self.generator)
         self.apply_mask()
         logger.info("%s of %s weights active (density %g)", self.nonzeros, self.theoretical_size, density)
-
-    @property
-    def names(self) -> list[str]:
-        return list(self.masks)
-
-    @property
-    def name2zeros(self) -> dict[str, int]:
-        return {name: mask.numel() - self.name2nonzeros[name] for name, mask in self.masks.items()}
 
     @property
     def nonzeros(self) -> int:
@@ -286,7 +278,7 @@ class Masking:
         layers = [self._layer(name) for name in self.masks]
         old = [self.active(name) for name in self.masks]
         before = [layer.mask.clone() for layer in layers] if self.keep_connected else []
-        budgets = self._budgets(self.target_nonzeros(self.steps))
+        budgets = self._allocation.budgets(self.weights, self.target_nonzeros(self.steps))
         counts = topology.update(
             layers,
             self._rules,
@@ -352,25 +344,6 @@ class Masking:
         self.generator.set_state(state["generator"].cpu())
         self.apply_mask()
 
-    # ------------------------------------------------------------------ for rules of the old signature
-
-    def get_momentum_for_weight(self, weight: Tensor) -> Tensor:
-        return self._momentum[self._name_of(weight)]
-
-    def get_gradient_for_weights(self, weight: Tensor) -> Tensor:
-        return self._layer(self._name_of(weight)).grad.clone()
-
-    @property
-    def prune_rate(self) -> float:
-        return self.death_rate
-
-    @property
-    def name2prune_rate(self) -> dict[str, float]:
-        return dict.fromkeys(self.masks, self.death_rate)
-
-    def _name_of(self, weight: Tensor) -> str:
-        return next(name for name, ours in self.weights.items() if ours is weight)
-
     # ------------------------------------------------------------------ inside
 
     def _rule(self, kind: str, spec: str | Callable) -> tuple[str, Callable[[Layer, int], Tensor]]:
@@ -386,21 +359,6 @@ class Masking:
         self.needs |= set(meta.get("needs", ()))
         options = {option: getattr(self, option) for option in meta.get("options", ())}
         return name, lambda layer, count: function(layer, **options)
-
-    def _draw(self, model: nn.Module) -> dict[str, Tensor]:
-        """Masks at step 0 under the allocation."""
-        counts = self._budgets(self.target_nonzeros(0))
-        entry = registry.allocation.entry(self.sparse_init)
-        if not entry.meta.get("draws"):
-            return {n: random_mask(w.shape, counts[n], self.generator) for n, w in self.weights.items()}
-        if self.input_shape is None:
-            raise UsageError(
-                f"--sparse-init {self.sparse_init} needs add_module(..., input_shape=(channels, height, width))"
-            )
-        masks = entry.object(model, counts, self.input_shape, self.generator)
-        if entry.meta.get("keeps_counts"):  # the scores, not the allocation, gave the layers their shares
-            self._drawn_counts = [int(mask.sum()) for mask in masks.values()]
-        return masks
 
     def _set_masks(self, masks: dict[str, Tensor]) -> None:
         for name, mask in masks.items():
@@ -437,38 +395,23 @@ class Masking:
                 masked.append(name)
         return sets, masked
 
-    @torch.no_grad()
     def _mask_gradients(self, names: Iterable[str]) -> None:
-        grads = {name: self.weights[name].grad for name in names}
-        if all(grad.is_cuda for grad in grads.values()) and grads:
-            torch._foreach_mul_(list(grads.values()), [self._mask(name) for name in grads])
-        else:
-            for name, grad in grads.items():
-                grad.masked_fill_(~self._mask(name), 0)
-        self._masked_gradients |= {name: (grad, grad._version) for name, grad in grads.items()}
+        masks = {name: self._mask(name) for name in names}
+        self._masked_gradients.mask({name: self.weights[name].grad for name in masks}, masks)
 
     def _check_dense_gradients(self) -> None:
         for name, weight in self.weights.items():
-            masked, version = self._masked_gradients.get(name, (None, None))
-            is_masked = masked is not None and weight.grad is masked and masked._version == version
-            if "grad" in self.needs and (is_masked or (self.engine and self.engine.holds_gradient(name))):
+            masked = self._masked_gradients.has_masked(name, weight.grad)
+            if "grad" in self.needs and (masked or (self.engine and self.engine.holds_gradient(name))):
                 raise UsageError(
                     f"truncate_weights: the gradient of {name} was masked by step() already; "
                     "call it after backward() and before step(), or use update_frequency"
                 )
 
-    @torch.no_grad()
     def _track_momentum(self) -> None:
-        if "momentum" not in self.needs:
-            return
-        grads = {name: weight.grad for name, weight in self.weights.items() if weight.grad is not None}
-        for name in grads:
-            if name not in self._momentum:
-                self._momentum[name] = torch.zeros_like(self.weights[name])
-        if grads:
-            averages = [self._momentum[name] for name in grads]
-            torch._foreach_mul_(averages, momentum_factor(self.optimizer))
-            torch._foreach_add_(averages, list(grads.values()))
+        if "momentum" in self.needs:
+            grads = {name: weight.grad for name, weight in self.weights.items() if weight.grad is not None}
+            accumulate(self._momentum, grads, momentum_factor(self.optimizer))
 
     def _decay_rate(self) -> None:
         decay = self.death_rate_decay
@@ -491,20 +434,11 @@ class Masking:
             dense_momentum=None if momentum is None else distributed.mean(momentum),
         )
 
-    def _budgets(self, total: int) -> dict[str, int]:
-        """The allocation's active weights of every layer for `total` over all."""
-        if self._drawn_counts:
-            sizes = [weight.numel() for weight in self.weights.values()]
-            return dict(zip(self.weights, apportion(self._drawn_counts, total, 1, sizes), strict=True))
-        meta = registry.allocation.entry(self.sparse_init).meta
-        base = meta.get("budgets", "ERK") if meta.get("draws") else self.sparse_init
-        return budgets(base, {name: weight.shape for name, weight in self.weights.items()}, total)
-
     def _reconnect(self, layers: list[Layer], before: list[Tensor]) -> None:
         """Bring what an update left off path back onto paths, by importance and by growth score."""
         scores = {
-            layer.name: torch.where(layer.mask | old, self._rules.prune(layer, 0), self._rules.grow(layer, 0))
-            for layer, old in zip(layers, before, strict=True)
+            layer.name: torch.where(layer.mask | mask, self._rules.prune(layer, 0), self._rules.grow(layer, 0))
+            for layer, mask in zip(layers, before, strict=True)
         }
         old = {layer.name: mask for layer, mask in zip(layers, before, strict=True)}
         reconnect(unwrap(self.modules[0]), self.masks, old, scores, self.input_shape, self.generator)
