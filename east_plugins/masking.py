@@ -122,7 +122,7 @@ class Masking(legacy.Surface):
         self.input_shape: tuple[int, ...] | None = None
         self._momentum: dict[str, Tensor] = {}
         self._active = ActiveSets()
-        self._packed = PackedState(optimizer)
+        self.packed = PackedState(optimizer)
         self._masked_gradients = MaskedGradients()
         self.engine: Any = None  #: the sparse engine, where one is attached
 
@@ -232,7 +232,7 @@ class Masking(legacy.Surface):
                 if due and "grad" in self.needs:
                     dense.update({name: self.weights[name].grad.clone() for name in masked})
                 self._mask_gradients(masked)
-                stack.enter_context(self._packed.stepping(sets))
+                stack.enter_context(self.packed.stepping(sets))
 
             def prepared_closure():
                 loss = closure()
@@ -265,7 +265,7 @@ class Masking(legacy.Surface):
             mask = self._mask(name)
             for tensor in (weight, *state_tensors(self.optimizer, weight)):
                 tensor.masked_fill_(~mask, 0)
-            self._packed.move(weight, self.active(name))
+            self.packed.move(weight, self.active(name))
 
     @torch.no_grad()
     def truncate_weights(self) -> None:
@@ -298,7 +298,7 @@ class Masking(legacy.Surface):
             weight = self.weights[layer.name]
             for tensor in (layer.weight, *state_tensors(self.optimizer, weight)):
                 active.keep(tensor, stays)
-            self._packed.move(weight, self.active(layer.name))
+            self.packed.move(weight, self.active(layer.name))
 
     def fired_masks_update(self) -> tuple[dict[str, float], float]:
         """Share of weights active at least once so far: per layer, and over all (the ITOP rate)."""

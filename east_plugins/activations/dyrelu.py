@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from ..errors import UsageError
 from ..registry import activation
+from ..sparse.lines import max_of_lines, position_mean
 
 _K = 2  # linear functions of which the maximum is taken
 _TEMPERATURE = 10
@@ -42,10 +43,10 @@ class DyReLUB(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         positions = tuple(range(2, x.dim()))
-        mean = x.mean(positions) if positions else x
+        mean = position_mean(x) if positions else x
         delta = 2 * torch.sigmoid(self.excite(F.relu(self.squeeze(mean)))) - 1
         a1, a2, b1, b2 = delta.view(len(x), 2 * _K, -1, *(1 for _ in positions)).unbind(1)
-        return torch.maximum((1 + a1) * x + 0.5 * b1, a2 * x + 0.5 * b2)
+        return max_of_lines(x, 1 + a1, 0.5 * b1, a2, 0.5 * b2)
 
 
 @activation.register("dyrelu-a")

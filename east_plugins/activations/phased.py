@@ -77,7 +77,7 @@ class PhasedActivation(nn.Module):
     def forward(self, x: Tensor, inplace: bool = False) -> Tensor:
         y = self.act(x.clone() if inplace else x)
         if self.phase == BLEND:
-            y = self.beta * y + (1 - self.beta) * F.relu(x)
+            y = torch.lerp(F.relu(x), y, self.beta)
         return x.copy_(y) if inplace else y
 
     def _load_from_state_dict(self, *args):

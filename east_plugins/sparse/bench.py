@@ -52,9 +52,16 @@ def step(args: Namespace) -> dict[str, Any]:
 
 def _hosts(args: Namespace) -> tuple[list[dict], dict[str, tuple[str, str]]]:
     """The hosts' own share: `host.step()` and the dense model's `optimizer.step()`, gradients given."""
-    dense, ours = Subject(args), Subject(args)
-    candidates: dict[str, Callable] = {"optimizer.step() alone": dense.optimizer.step}
-    candidates["host.step() alone"] = ours.masked_by(Masking, growth_mode=args.growth, update_frequency=None).step
+    dense, ours, plain = Subject(args), Subject(args), Subject(args)
+    host, other = (
+        subject.masked_by(Masking, growth_mode=args.growth, update_frequency=None) for subject in (ours, plain)
+    )
+    Engine(host, (3, 32, 32), "sparse")
+    candidates: dict[str, Callable] = {
+        "optimizer.step() alone": dense.optimizer.step,
+        "host.step() alone": host.step,
+        "the same, without an engine": other.step,
+    }
     if args.itop:
         candidates["itop.step() alone"] = itop_host(args).step
     rows = interleaved(candidates, max(5, args.repeats), torch.device(args.device))

@@ -18,8 +18,10 @@ from ..masking import Masking
 from ..ops import distributed
 from ..ops.active import Active
 from ..ops.maskable import layers, maskable, unwrap
+from ..ops.packed import Copies
 from ..ops.swap import restore, swap
 from ..sharing import scale_of
+from .copies import CompiledCopies
 from .layers import PLAIN, LayerPlan, NormPlan, Planned, Sink, Slot
 from .liveness import Liveness
 
@@ -86,6 +88,7 @@ class Engine:
         for handle in self._handles:
             handle.remove()
         self._slots, self._handles, self.host.engine = {}, [], None
+        self.host.packed.copies = Copies
 
     @property
     def dense(self) -> bool:
@@ -118,6 +121,7 @@ class Engine:
             self.model.register_forward_hook(_Hook(self._leave), always_call=True),
         ]
         self.host.engine = self
+        self.host.packed.copies = CompiledCopies
 
     @torch.compiler.disable
     def _enter(self, model: nn.Module, args: tuple) -> None:

@@ -1,4 +1,4 @@
-"""The compiled kernels, `taps.c` and `norm.c`: built with the machine's C compiler at first use."""
+"""The compiled kernels (`*.c` beside this file): built with the machine's C compiler at first use."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ import torch
 
 logger = logging.getLogger(__name__)
 
-SOURCES = [Path(__file__).with_name(name) for name in ("taps.c", "norm.c")]
+SOURCES = sorted(Path(__file__).parent.glob("*.c"))
 REAL = {torch.float32: "float", torch.float64: "double"}
 FLAGS = ("-O3", "-march=native", "-ffp-contract=fast", "-fPIC")
 

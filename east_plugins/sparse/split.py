@@ -13,10 +13,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .lines import position_mean
+
 _POINTWISE = {
     "add", "radd", "sub", "rsub", "subtract", "mul", "rmul", "multiply", "div", "truediv", "divide", "neg", "abs",
     "maximum", "minimum", "relu", "leaky_relu", "relu6", "elu", "selu", "gelu", "silu", "mish", "hardswish", "sigmoid",
-    "hardsigmoid", "tanh", "hardtanh", "softplus", "clamp", "clone",
+    "hardsigmoid", "tanh", "hardtanh", "softplus", "clamp", "clone", "lerp", "max_of_lines",
 }  # fmt: skip
 _POOLS = {"adaptive_avg_pool2d", "adaptive_max_pool2d", "avg_pool2d", "max_pool2d"}
 _FLAT = {"flatten", "view", "reshape"}
@@ -57,8 +59,10 @@ class Split:
             if in_place:
                 split.kept, split.rest = result.kept, result.rest
             return split if in_place else result
+        if name == "position_mean":
+            return split._mean()
         if name == "mean":
-            return split._mean(*args[1:], **kwargs)
+            return split._mean_over(*args[1:], **kwargs)
         if name in _POOLS and not kwargs.get("padding") and len(args) < 4:
             return Split(func(split.kept, *args[1:], **kwargs), split.rest, split.channels)
         if name in _FLAT:  # what follows are layers, which read kept channels only
@@ -77,16 +81,16 @@ class Split:
             return operand.index_select(operand.dim() - 3, getattr(self.channels, part))
         return operand
 
-    def _mean(self, dim=None, keepdim: bool = False) -> Tensor:
+    def _mean_over(self, dim=None, keepdim: bool = False) -> Tensor:
         """Means over positions, of all channels: [N, C], or [N, C, 1, 1] with `keepdim`."""
         dims = dim if isinstance(dim, (tuple, list)) else (dim,)
         if not all(isinstance(d, int) for d in dims) or sorted(d % 4 for d in dims) != [2, 3]:
             raise NotImplementedError(f"mean over {dim} of activations with channels left out")
-        rest = self.rest.expand(len(self), -1, -1, -1)
-        means = torch.cat([self.kept.mean((2, 3), keepdim=True), rest], 1)
-        order = torch.cat([self.channels.kept, self.channels.rest]).argsort()
-        means = means.index_select(1, order)
-        return means if keepdim else means.flatten(1)
+        return self._mean()[..., None, None] if keepdim else self._mean()
+
+    def _mean(self) -> Tensor:
+        means = torch.cat([position_mean(self.kept), self.rest[..., 0, 0].expand(len(self), -1)], 1)
+        return means.index_select(1, torch.cat([self.channels.kept, self.channels.rest]).argsort())
 
     @property
     def shape(self) -> torch.Size:

@@ -46,7 +46,7 @@ def test_values_and_state_are_those_of_the_masked_dense_step(optimizer, layout):
         dense_weight.grad.mul_(mask)
         with state.stepping({weight: active}):
             packed.step()
-            assert len(packed.param_groups[0]["params"]) == 2 and packed.param_groups[0]["params"][0].dim() == 1
+            assert [p.shape for p in packed.param_groups[0]["params"]] == [(len(active) + 7,)], "one vector for all"
         dense.step()
         torch.testing.assert_close(weight.data, dense_weight.data, rtol=1e-14, atol=1e-14)
         assert torch.equal(other, dense_other) and weight.data_ptr() == where
@@ -93,6 +93,34 @@ def test_state_moves_with_the_active_set_and_back_to_dense():
     with state.stepping({weight: None}):
         assert weight.dim() == 4
         assert torch.equal(optimizer.state[weight]["momentum_buffer"], momentum * moved)
+
+
+def test_small_parameters_join_from_any_group_and_keep_their_own_settings():
+    def make(packing):
+        torch.manual_seed(0)
+        weight, norm, late = (nn.Parameter(torch.randn(shape).double()) for shape in [(9, 4, 3, 3), (9,), (5,)])
+        groups = [{"params": [weight]}, {"params": [norm, late], "weight_decay": 0.0, "lr": 0.01}]
+        optimizer = torch.optim.Adam(groups, lr=0.1, weight_decay=0.1)
+        return weight, norm, late, optimizer, PackedState(optimizer) if packing else None
+
+    (weight, norm, late, optimizer, state), (*dense, reference, _) = make(True), make(False)
+    mask = torch.rand(weight.shape, generator=torch.Generator().manual_seed(1)) < 0.3
+    active = Active(mask)
+    weight.data.mul_(mask)
+    dense[0].data.mul_(mask)
+    for step in range(6):
+        for some in ((weight, norm, late), dense):
+            gradients(some[: 2 if step < 3 else 3], step)  # the last one joins with fewer steps behind it
+        dense[0].grad.mul_(mask)
+        with state.stepping({weight: active}):
+            optimizer.step()
+        reference.step()
+    for ours, theirs in zip((weight, norm, late), dense, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-13, atol=1e-13)
+    ours, theirs = optimizer.state_dict()["state"], reference.state_dict()["state"]
+    for index in theirs:
+        torch.testing.assert_close(ours[index], theirs[index], rtol=1e-13, atol=1e-13)
+    assert not optimizer.state, "nothing is kept twice"
 
 
 def test_a_failing_step_leaves_the_parameter_whole():
