@@ -19,6 +19,7 @@ import torch
 from . import __version__, flags, models
 from .errors import UnknownNameError, UsageError
 from .masking import Masking
+from .ops import memory
 from .ops.maskable import maskable
 
 WHAT = ("step", "update", "inference")
@@ -102,6 +103,8 @@ def main(argv: Sequence[str]) -> int:
         raise UsageError(f"--repeats must be at least 1, got {args.repeats}")
     if args.threads:
         torch.set_num_threads(args.threads)
+    if args.device == "cpu":
+        memory.keep_freed()  # as in training; for all candidates
     run = update if argv[0] == "update" else importlib.import_module("east_plugins.sparse.bench").step
     result = run(args)
     print(json.dumps(result) if args.json else as_text(result))

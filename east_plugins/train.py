@@ -22,6 +22,7 @@ from .config import Config
 from .data import Data
 from .errors import EastError, UsageError
 from .masking import Masking
+from .ops import memory
 from .ops.paths import effective_density
 from .progress import Progress
 from .schedules.density import Gradual, OneShot
@@ -76,6 +77,8 @@ class Trainer:
         if options.threads:
             torch.set_num_threads(options.threads)
         self.device = _device(options.device)
+        if self.device.type == "cpu":
+            memory.keep_freed()
         self.data = (data or runs.load_data(options)).to(self.device)
         self.steps_per_epoch = self.data.train.steps(options.batch_size)
         self.options = options = options.resolve(self.steps_per_epoch)

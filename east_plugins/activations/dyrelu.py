@@ -5,13 +5,28 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.overrides import handle_torch_function, has_torch_function_unary
 
 from ..errors import UsageError
 from ..registry import activation
-from ..sparse.lines import max_of_lines, position_mean
 
 _K = 2  # linear functions of which the maximum is taken
 _TEMPERATURE = 10
+
+
+def max_of_lines(x: Tensor, a1: Tensor, b1: Tensor, a2: Tensor, b2: Tensor) -> Tensor:
+    """`max(a1 x + b1, a2 x + b2)`, element by element, for coefficients that broadcast against x. Tensor-likes may
+    override it, as any function of torch."""
+    if has_torch_function_unary(x):
+        return handle_torch_function(max_of_lines, (x,), x, a1, b1, a2, b2)
+    return torch.maximum(a1 * x + b1, a2 * x + b2)
+
+
+def position_mean(x: Tensor) -> Tensor:
+    """Means of [N, C, ...] over positions; [N, C]. Tensor-likes may override it."""
+    if has_torch_function_unary(x):
+        return handle_torch_function(position_mean, (x,), x)
+    return x.sum(tuple(range(2, x.dim()))) / x[0, 0].numel()  # its gradient is a view, that of a mean as large as x
 
 
 @activation.register("dyrelu-b")

@@ -24,6 +24,8 @@ UPDATES, BETWEEN, IMAGES = 20, 5, 32  # of the RigL run that `trained` masks com
 def step(args: Namespace) -> dict[str, Any]:
     """Whole training steps (forward, backward, host) of the same network, batch and masks; and the hosts alone.
 
+    `with dense gradient` is forward and backward on the step before a topology update, without the update.
+
     `dense_over_sparse` is the step under ITOP-style dense masking, in the faster memory format, over ours with the
     sparse engine.
     """
@@ -34,6 +36,7 @@ def step(args: Namespace) -> dict[str, Any]:
     runs["masked, channels-last"] = _Step(args, x, labels, masks, channels_last=True)
     for engine in ("sparse", "auto"):
         runs[f"ours, {engine}"] = _Step(args, x, labels, masks, engine=engine)
+    runs["ours, with dense gradient"] = _Step(args, x, labels, masks, engine="sparse", before_update=True)
     if args.itop:
         runs["itop"] = _Itop(args, x, labels)
     rows = interleaved(runs, args.repeats, x.device)
@@ -42,6 +45,7 @@ def step(args: Namespace) -> dict[str, Any]:
     ratios = {
         "dense_over_sparse": (fastest, "ours, sparse"),
         "dense_over_auto": (fastest, "ours, auto"),
+        "dense_over_gradient": (fastest, "ours, with dense gradient"),
         "itop_over_sparse": ("itop", "ours, sparse"),
     }
     hosts, host_ratios = _hosts(args)
@@ -75,20 +79,24 @@ def _hosts(args: Namespace) -> tuple[list[dict], dict[str, tuple[str, str]]]:
 class _Step:
     """One training step of a network of its own: plain, with ITOP-style masking, or with our host and an engine."""
 
-    def __init__(self, args, x: Tensor, labels: Tensor, masks=None, engine: str | None = None, channels_last=False):
+    def __init__(
+        self, args, x: Tensor, labels: Tensor, masks=None, engine: str | None = None, channels_last=False,
+        before_update=False,
+    ):  # fmt: skip
         self.model, self.optimizer = _network(args)
         self.x, self.labels, self.masks = x, labels, masks
         if channels_last:
             self.model.to(memory_format=torch.channels_last)
             self.x = x.contiguous(memory_format=torch.channels_last)
         if engine is not None:
-            host = Masking(self.optimizer, growth_mode=args.growth, update_frequency=None)
+            growth, frequency = ("gradient", 1) if before_update else (args.growth, None)
+            host = Masking(self.optimizer, growth_mode=growth, update_frequency=frequency)
             host.add_module(self.model, density=args.density)
             for name, mask in masks.items():
                 host.masks[name].copy_(mask)
             host.load_state_dict(host.state_dict())
             self.engine = Engine(host, (3, 32, 32), engine)
-            self.update: Callable = host.step
+            self.update: Callable = (lambda: None) if before_update else host.step
         else:
             self.update = self.optimizer.step if masks is None else self._masked_update
 

@@ -22,6 +22,7 @@ from ..ops.packed import Copies
 from ..ops.swap import restore, swap
 from ..sharing import scale_of
 from .copies import CompiledCopies
+from .gradient import GradientPlan, gradient_plans
 from .layers import PLAIN, LayerPlan, NormPlan, Planned, Sink, Slot
 from .liveness import Liveness
 
@@ -30,7 +31,7 @@ logger = logging.getLogger(__name__)
 ENGINES = ("auto", "dense", "sparse")
 
 Kept = Mapping[nn.Module, tuple[Tensor, ...]]  # channels of a layer (inputs, outputs) or norm
-Plans = Mapping[nn.Module, LayerPlan | NormPlan]
+Plans = Mapping[nn.Module, LayerPlan | GradientPlan | NormPlan]
 
 
 class Engine:
@@ -41,7 +42,9 @@ class Engine:
 
     Nothing else changes in the script. Convolutions and linear layers sum over their active weights; channels that no
     active weight touches are left out of everything, where that is exact for the network (`liveness`). The model's own
-    forward runs. On the step before a topology update by a rule that needs the dense gradient, everything is dense.
+    forward runs. On the step before a topology update by a rule that needs the dense gradient, that gradient is found
+    from the same channels (`gradient`), or for networks that are not convolutions and linear layers after them by a
+    dense step.
 
     The model takes one tensor; calls with other arguments are dense.
 
@@ -64,6 +67,9 @@ class Engine:
         self._slots: dict[nn.Module, Slot] = {}
         self._sinks: dict[str, Sink] = {}
         self._plans: Plans | None = None
+        self._gradient_plans: Plans | None = None
+        self._gives_gradients: dict[bool, bool] = {}
+        self._kept: Kept = {}
         self._masks: tuple | None = None
         self._liveness: Liveness | None = None
         self._weights = maskable(self.model)
@@ -139,13 +145,13 @@ class Engine:
         """The plans of a forward pass, None for a dense one."""
         if self.dense or not self._weights_are_the_hosts() or not self._inactive_are_zero():
             return None
-        if self.model.training and torch.is_grad_enabled() and self.host.dense_gradient_next:
-            return None
         masks = (*((id(mask), mask._version) for mask in self.host.masks.values()), _reads_all_channels(self.model))
         if masks != self._masks:
-            self._plans, self._masks = self._plan(x), masks
-        if self._plans is not None and self.choice == "auto" and self._is_slower(x):
+            self._plans, self._masks, self._gradient_plans = self._plan(x), masks, None
+        if self._plans is None or (self.choice == "auto" and self._is_slower(x)):
             return None
+        if self.model.training and torch.is_grad_enabled() and self.host.dense_gradient_next:
+            return self._with_dense_gradient()
         return self._plans
 
     def _weights_are_the_hosts(self) -> bool:
@@ -174,6 +180,7 @@ class Engine:
         for kept in self._candidates():
             plans = self._plans_for(kept, self._sinks)
             if self._agrees(plans):
+                self._kept = kept
                 return plans
         self.reason = "the sparse computation of this network gives another result than the dense one"
         logger.warning("the engine is dense from now on: %s", self.reason)
@@ -190,26 +197,58 @@ class Engine:
         yield _all_channels(self._slots)
 
     def _plans_for(self, kept: Kept, sinks: dict[str, Sink]) -> Plans:
-        split = _reads_all_channels(self.model)
+        split = self._narrow and _reads_all_channels(self.model)
         return {
             module: LayerPlan(module, sinks[self._names[module]], *kept[module], split) if module in self._names
             else NormPlan(module, *kept[module])
             for module in self._slots
         }  # fmt: skip
 
-    @torch.no_grad()
-    def _agrees(self, plans: Plans) -> bool:
-        """Whether a small random batch comes out as from the dense network, in evaluation."""
+    def _with_dense_gradient(self) -> Plans | None:
+        """Plans that also give the dense gradients; None for networks in which they would come out wrong."""
+        all_read = self._narrow and _reads_all_channels(self.model)
+        if self._gradient_plans is None and self._gives_gradients.get(all_read, True):
+            self._gradient_plans = gradient_plans(self._plans, self._kept, all_read)
+            if all_read not in self._gives_gradients:
+                self._gives_gradients[all_read] = self._agrees(self._gradient_plans, gradients=True)
+            if not self._gives_gradients[all_read]:
+                logger.info("steps before an update are dense")
+                self._gradient_plans = None
+        return self._gradient_plans
+
+    def _agrees(self, plans: Plans, gradients: bool = False) -> bool:
+        """Whether a small random batch comes out as from the dense network, in evaluation; or its gradients do."""
         like = next(iter(self.host.weights.values()))
         x = torch.randn(2, *self.input_shape, generator=torch.Generator().manual_seed(0)).to(like)
+        run = self._gradients if gradients else torch.no_grad()(self._run)
         try:
             with _evaluation(self.model), torch.autocast(x.device.type, enabled=False):
-                sparse, dense = self._run(x, plans), self._run(x, None)
+                sparse, dense = run(x, plans), run(x, None)
         except (RuntimeError, IndexError, TypeError, AttributeError) as error:
             logger.info("the network cannot run on fewer channels: %s", str(error).splitlines()[0])
             return False
         scale = max(float(dense.abs().max()), 1e-30)
         return not math.isfinite(scale) or float((sparse - dense).abs().max()) <= 1e-3 * scale
+
+    def _gradients(self, x: Tensor, plans: Plans | None) -> Tensor:
+        """The dense gradients of all masked weights in one vector, each divided by its size."""
+        with self._borrowed_gradients(), torch.enable_grad():
+            output = self._run(x, plans)
+            output.backward(torch.randn(output.shape, generator=torch.Generator().manual_seed(1)).to(output))
+            found = [self._weights[name].grad for name in self.host.masks]
+            return torch.cat([(grad / grad.norm().clamp_min(1e-30)).flatten().float() for grad in found])
+
+    @contextlib.contextmanager
+    def _borrowed_gradients(self) -> Iterator[None]:
+        """Gradients are None at first, and at the end what they were before."""
+        gradients = [(parameter, parameter.grad) for parameter in self.model.parameters()]
+        for parameter, _ in gradients:
+            parameter.grad = None
+        try:
+            yield
+        finally:
+            for parameter, gradient in gradients:
+                parameter.grad = gradient
 
     def _run(self, x: Tensor, plans: Plans | None, buffers: Mapping[str, Tensor] = {}) -> Tensor:
         """All of the model's outputs in one vector, with plans and buffers of our choice."""
@@ -243,22 +282,16 @@ class Engine:
         """Seconds of a forward and backward pass, the better of two; nothing in the model changes."""
         if plans is not None:
             plans = {module: plan.apart() for module, plan in plans.items()}
-        gradients = [(parameter, parameter.grad) for parameter in self.model.parameters()]
         buffers = {name: buffer.clone() for name, buffer in self.model.named_buffers()}
         times = []
-        try:
-            with torch.random.fork_rng([] if x.device.type == "cpu" else [x.device], device_type=x.device.type):
-                for _ in range(2):
-                    for parameter, _ in gradients:
-                        parameter.grad = None
+        with torch.random.fork_rng([] if x.device.type == "cpu" else [x.device], device_type=x.device.type):
+            for _ in range(2):
+                with self._borrowed_gradients():
                     began = time.perf_counter()
                     total = self._run(x.detach(), plans, buffers).sum()
                     total.backward()
                     total.detach().item()  # waits for the device
                     times.append(time.perf_counter() - began)
-        finally:
-            for parameter, gradient in gradients:
-                parameter.grad = gradient
         return min(times)
 
 

@@ -113,7 +113,7 @@ class LayerPlan:
         )
         self.coordinates = (target, source, *place)
         self.outputs = None if len(outputs) == sizes[0] else outputs.to(device)
-        self.split = _channels(outputs, sizes[0], device) if split and isinstance(module, nn.Conv2d) else None
+        self.split = Channels.of(outputs, sizes[0], device) if split and isinstance(module, nn.Conv2d) else None
         self._taps: TapConvolution | None = None
 
     def __call__(self, x: Tensor | Split) -> Tensor | Split:
@@ -178,10 +178,11 @@ class NormPlan:
 
     def __call__(self, x: Tensor | Split) -> Tensor | Split:
         if not isinstance(x, Split):
-            y, *found = self._kept(x)
-            self._track((self.channels, *found))
+            channels = slice(None) if x.shape[1] == self.module.num_features else self.channels
+            y, *found = self._norm(x, channels)
+            self._track((channels, *found))
             return y
-        y, *found = self._kept(x.kept)
+        y, *found = self._norm(x.kept, self.channels)
         rest, *constant = self._constants(x.rest, x.channels.rest, x.kept[:, 0].numel())
         self._track((self.channels, *found), (x.channels.rest, *constant))
         return Split(y, rest, x.channels)
@@ -190,9 +191,9 @@ class NormPlan:
     def _uses_running(self) -> bool:
         return not self.module.training and self.module.running_mean is not None
 
-    def _kept(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def _norm(self, x: Tensor, kept: Tensor | slice) -> tuple[Tensor, Tensor, Tensor]:
         """The norm of kept channels, and its statistics."""
-        module, kept = self.module, self.channels
+        module = self.module
         weight, bias = (None if p is None else p[kept] for p in (module.weight, module.bias))
         if self._uses_running:
             mean, variance = module.running_mean[kept], module.running_var[kept]
@@ -233,13 +234,6 @@ class NormPlan:
         """Share of this batch in the running statistics; without a momentum they are the plain average over batches."""
         momentum = self.module.momentum
         return 1 / (float(self.module.num_batches_tracked) + 1) if momentum is None else momentum
-
-
-def _channels(kept: Tensor, count: int, device: torch.device) -> Channels | None:
-    """None where all are kept."""
-    rest = torch.ones(count, dtype=torch.bool)
-    rest[kept] = False
-    return Channels(kept.to(device), rest.nonzero().squeeze(1).to(device)) if rest.any() else None
 
 
 def _device(module: nn.Module) -> torch.device | None:

@@ -1,5 +1,4 @@
-"""What DyReLU computes of its input: means over positions, and the larger of two lines; compiled where images lie side
-by side in memory."""
+"""DyReLU's means over positions and larger of two lines, compiled for tensors in planes (see `taps`)."""
 
 from __future__ import annotations
 
@@ -7,44 +6,28 @@ import ctypes
 
 import torch
 from torch import Tensor
-from torch.overrides import handle_torch_function, has_torch_function_unary
 
+from ..activations import dyrelu
 from . import kernel
 from .taps import in_planes, planes
 
 
 def max_of_lines(x: Tensor, a1: Tensor, b1: Tensor, a2: Tensor, b2: Tensor) -> Tensor:
-    """`max(a1 x + b1, a2 x + b2)`, element by element, for coefficients that broadcast against x.
-
-    Where x is [N, C, H, W] in planes (see `taps`) and the coefficients are one for each image (and channel), it is
-    one pass over memory, and two backward.
-    """
-    if has_torch_function_unary(x):
-        return handle_torch_function(max_of_lines, (x,), x, a1, b1, a2, b2)
+    """As in `dyrelu`; one pass over memory, and one backward, where x is [N, C, H, W] in planes and the coefficients
+    are one for each image (and channel)."""
     coefficients = (a1, b1, a2, b2)
-    if all(t.shape[-2:] == (1, 1) and t.dtype == x.dtype for t in coefficients) and _compiled(x):
+    if _compiled(x) and all(t.shape[-2:] == (1, 1) and t.dtype == x.dtype for t in coefficients):
         return _MaxOfLines.apply(x, *(t.expand(*x.shape[:2], 1, 1)[..., 0, 0] for t in coefficients))
-    return torch.maximum(a1 * x + b1, a2 * x + b2)
+    return dyrelu.max_of_lines(x, *coefficients)
 
 
 def position_mean(x: Tensor) -> Tensor:
-    """Means of [N, C, ...] over positions; [N, C]."""
-    if has_torch_function_unary(x):
-        return handle_torch_function(position_mean, (x,), x)
-    count = x[0, 0].numel()
-    # a sum's gradient is a view, a mean's a tensor of the input's size
-    sums = _PositionSums.apply(x) if _compiled(x) else x.sum(tuple(range(2, x.dim())))
-    return sums / count
+    """As in `dyrelu`."""
+    return _PositionSums.apply(x) / x[0, 0].numel() if _compiled(x) else dyrelu.position_mean(x)
 
 
 def _compiled(x: Tensor) -> bool:
-    return (
-        x.is_cpu
-        and x.dtype in kernel.REAL
-        and in_planes(x)
-        and not x.is_contiguous()  # it came from the engine
-        and kernel.load(x.dtype) is not None
-    )
+    return x.is_cpu and x.dtype in kernel.REAL and x.numel() > 0 and in_planes(x) and kernel.load(x.dtype) is not None
 
 
 class _Sizes(ctypes.Structure):

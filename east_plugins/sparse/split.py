@@ -7,18 +7,19 @@ them, and whatever reads all channels (the pooled context) is exact.
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from .lines import position_mean
+from .lines import max_of_lines, position_mean
 
 _POINTWISE = {
     "add", "radd", "sub", "rsub", "subtract", "mul", "rmul", "multiply", "div", "truediv", "divide", "neg", "abs",
     "maximum", "minimum", "relu", "leaky_relu", "relu6", "elu", "selu", "gelu", "silu", "mish", "hardswish", "sigmoid",
-    "hardsigmoid", "tanh", "hardtanh", "softplus", "clamp", "clone", "lerp", "max_of_lines",
+    "hardsigmoid", "tanh", "hardtanh", "softplus", "clamp", "clone", "lerp",
 }  # fmt: skip
 _POOLS = {"adaptive_avg_pool2d", "adaptive_max_pool2d", "avg_pool2d", "max_pool2d"}
 _FLAT = {"flatten", "view", "reshape"}
@@ -26,10 +27,25 @@ _FLAT = {"flatten", "view", "reshape"}
 
 @dataclass(frozen=True)
 class Channels:
-    """Which channels are stored in full, and which as one number an image; int64, ascending."""
+    """Which channels are stored in full, and which as one number an image; int64, ascending.
+
+    `whole`: whether layers after flattening read all channels, and not the kept ones only.
+    """
 
     kept: Tensor
     rest: Tensor
+    whole: bool = False
+
+    @classmethod
+    def of(cls, kept: Tensor, count: int, device: torch.device, whole: bool = False) -> Channels:
+        rest = torch.ones(count, dtype=torch.bool)
+        rest[kept.cpu()] = False
+        return cls(kept.to(device), rest.nonzero().squeeze(1).to(device), whole)
+
+    @functools.cached_property
+    def order(self) -> Tensor:
+        """Where each channel is, among the kept and then the others."""
+        return torch.cat([self.kept, self.rest]).argsort()
 
     @property
     def count(self) -> int:
@@ -51,22 +67,28 @@ class Split:
     @classmethod
     def __torch_function__(cls, func, types, args=(), kwargs=None):
         kwargs = dict(kwargs or {})
-        split = next(operand for operand in args if isinstance(operand, Split))
         name, in_place = _name(func.__name__)
+        split = next((operand for operand in args if isinstance(operand, Split)), None)
+        if split is None:
+            raise NotImplementedError(f"{name} of a list of activations with channels left out")
         in_place = kwargs.pop("inplace", False) or in_place
         if name in _POINTWISE:
             result = split._pointwise(getattr(torch, name) if in_place else func, args, kwargs)
             if in_place:
                 split.kept, split.rest = result.kept, result.rest
             return split if in_place else result
+        if name == "max_of_lines":
+            return split._pointwise(max_of_lines, args, kwargs)
         if name == "position_mean":
             return split._mean()
         if name == "mean":
             return split._mean_over(*args[1:], **kwargs)
+        if split.channels.whole and "max" in name and len(split.rest) > 1:
+            raise NotImplementedError(f"{name}: of equal numbers one alone gets the gradient")
         if name in _POOLS and not kwargs.get("padding") and len(args) < 4:
             return Split(func(split.kept, *args[1:], **kwargs), split.rest, split.channels)
-        if name in _FLAT:  # what follows are layers, which read kept channels only
-            return func(split.kept, *args[1:], **kwargs)
+        if name in _FLAT:  # what follows are layers
+            return func(split._all() if split.channels.whole else split.kept, *args[1:], **kwargs)
         raise NotImplementedError(f"{name} of activations with channels left out")
 
     def _pointwise(self, func, args, kwargs) -> Split:
@@ -90,7 +112,11 @@ class Split:
 
     def _mean(self) -> Tensor:
         means = torch.cat([position_mean(self.kept), self.rest[..., 0, 0].expand(len(self), -1)], 1)
-        return means.index_select(1, torch.cat([self.channels.kept, self.channels.rest]).argsort())
+        return means.index_select(1, self.channels.order)
+
+    def _all(self) -> Tensor:
+        rest = self.rest.expand(len(self), -1, *self.kept.shape[2:])
+        return torch.cat([self.kept, rest], 1).index_select(1, self.channels.order)
 
     @property
     def shape(self) -> torch.Size:

@@ -146,6 +146,47 @@ def test_weight_gradients_are_dense_tensors_of_active_values():
         sparse[1].truncate_weights()
 
 
+GRADIENTS = {
+    "plain": {},
+    "off path": dict(init="ERK", density=0.01, keep_connected=False),
+    "shared": dict(shared=True),
+    "dyrelu": dict(dyrelu=True),
+    "dyrelu, shared, off path": dict(dyrelu=True, shared=True, init="ERK", keep_connected=False),
+    "vgg": dict(model=lambda: models.build("vgg16", 10, image_size=8, width=8), density=0.05),
+    "bottlenecks": dict(model=lambda: models.build("resnet50", 10, image_size=8, width=8), density=0.05),
+}
+
+
+@pytest.mark.parametrize("options", [pytest.param(options, id=name) for name, options in GRADIENTS.items()])
+def test_dense_gradients_before_an_update_come_from_the_sparse_pass(options, caplog):
+    caplog.set_level(logging.INFO)
+    (model, host, _), (ours, sparse, _) = (build(engine, frequency=1, **options) for engine in ("dense", "sparse"))
+    x, y = batch(3, torch.float64)
+    for network, masking in ((model, host), (ours, sparse)):
+        for _ in range(2):  # accumulated
+            F.cross_entropy(network(x), y).backward()
+        assert masking.dense_gradient_next
+    for name, weight in host.weights.items():
+        wanted = weight.grad
+        atol = 1e-11 * float(wanted.abs().max())
+        torch.testing.assert_close(sparse.weights[name].grad, wanted, rtol=1e-9, atol=atol)
+        assert host.masks[name].all() or bool((wanted[~host.masks[name]] != 0).any())
+    for a, b in zip(ours.parameters(), model.parameters(), strict=True):
+        torch.testing.assert_close(a.grad, b.grad, rtol=1e-9, atol=1e-9)
+    assert "are dense" not in caplog.text
+
+
+def test_dense_gradients_of_networks_that_cannot_be_split_come_from_a_dense_pass(caplog):
+    caplog.set_level(logging.INFO)
+    dense, sparse = (build(engine, Concatenated, density=0.04, frequency=1) for engine in ("dense", "sparse"))
+    x, y = batch(3, torch.float64)
+    for model, _, _ in (dense, sparse):
+        F.cross_entropy(model(x), y).backward()
+    for a, b in zip(sparse[0].parameters(), dense[0].parameters(), strict=True):
+        torch.testing.assert_close(a.grad, b.grad)
+    assert "steps before an update are dense" in caplog.text
+
+
 def test_gradients_that_somebody_wrote_to_do_not_leak_into_the_next_step():
     dense, sparse = build("dense", frequency=20), build("sparse", frequency=20)
     for model, host, _ in (dense, sparse):
