@@ -68,7 +68,7 @@ class Engine:
         self._sinks: dict[str, Sink] = {}
         self._plans: Plans | None = None
         self._gradient_plans: Plans | None = None
-        self._gives_gradients: dict[bool, bool] = {}
+        self._gives_gradients: set[bool] = set()
         self._kept: Kept = {}
         self._masks: tuple | None = None
         self._liveness: Liveness | None = None
@@ -207,13 +207,14 @@ class Engine:
     def _with_dense_gradient(self) -> Plans | None:
         """Plans that also give the dense gradients; None for networks in which they would come out wrong."""
         all_read = self._narrow and _reads_all_channels(self.model)
-        if self._gradient_plans is None and self._gives_gradients.get(all_read, True):
-            self._gradient_plans = gradient_plans(self._plans, self._kept, all_read)
+        if self._gradient_plans is None:
+            plans = gradient_plans(self._plans, self._kept, all_read)
+            if all_read not in self._gives_gradients and self._agrees(plans, gradients=True):
+                self._gives_gradients.add(all_read)
             if all_read not in self._gives_gradients:
-                self._gives_gradients[all_read] = self._agrees(self._gradient_plans, gradients=True)
-            if not self._gives_gradients[all_read]:
-                logger.info("steps before an update are dense")
-                self._gradient_plans = None
+                logger.info("the step before this update is dense")
+                return None
+            self._gradient_plans = plans
         return self._gradient_plans
 
     def _agrees(self, plans: Plans, gradients: bool = False) -> bool:

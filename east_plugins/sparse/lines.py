@@ -16,7 +16,8 @@ def max_of_lines(x: Tensor, a1: Tensor, b1: Tensor, a2: Tensor, b2: Tensor) -> T
     """As in `dyrelu`; one pass over memory, and one backward, where x is [N, C, H, W] in planes and the coefficients
     are one for each image (and channel)."""
     coefficients = (a1, b1, a2, b2)
-    if _compiled(x) and all(t.shape[-2:] == (1, 1) and t.dtype == x.dtype for t in coefficients):
+    each_image = all(len(t) == len(x) and t.shape[-2:] == (1, 1) and t.dtype == x.dtype for t in coefficients)
+    if each_image and _compiled(x):
         return _MaxOfLines.apply(x, *(t.expand(*x.shape[:2], 1, 1)[..., 0, 0] for t in coefficients))
     return dyrelu.max_of_lines(x, *coefficients)
 

@@ -51,7 +51,7 @@ def settings(part: str, args: argparse.Namespace) -> dict:
         drops = [epochs * drop / 250 for drop in (75, 150)]
         given |= {"optimizer": "adam", "weight_decay": 5e-4, "lr_drops": drops}
     if args.tiny:
-        given |= {"width": 4, "limit": 64, "batch_size": 16, "sparsities": "0.9"}
+        given |= {"width": 8, "limit": 64, "batch_size": 16, "sparsities": "0.9"}
     return given
 
 
