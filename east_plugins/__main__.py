@@ -16,6 +16,7 @@ COMMANDS = {
     "train": ("__main__", "train", "train one network with the built-in trainer"),
     "compare": ("compare", "main", "train several methods and make a table and a plot"),
     "info": ("info", "main", "parameters, memory and MACs of a network; no training"),
+    "analyze": ("analyze", "main", "topology, gradient flow and activations of finished runs"),
     "export": ("export", "main", "write a run's sparse network as a deployable file"),
     "bench": ("bench", "main", "timings as ratios, side by side in one process"),
     "patch": ("patching", "main", "add the --east-* flags to a checkout of a published script"),
