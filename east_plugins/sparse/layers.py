@@ -207,7 +207,8 @@ class NormPlan:
         if self._uses_running:
             mean, variance = (t[channels].view(-1, 1, 1) for t in (module.running_mean, module.running_var))
         else:
-            variance, mean = torch.var_mean(x, 0, correction=0)
+            mean = x.mean(0)
+            variance = (x - mean).square().mean(0)
         y = (x - mean) * (variance + module.eps).rsqrt()
         y = y if weight is None else y * weight
         y = y if bias is None else y + bias
