@@ -20,6 +20,7 @@ from torch.overrides import TorchFunctionMode
 
 from ..errors import NothingMatchedError, UsageError
 from ..ops import param_groups
+from ..ops.modes import training_mode
 from ..ops.swap import Swapped, restore, swap
 
 FULL, BLEND, OFF = "full", "blend", "off"
@@ -308,19 +309,13 @@ def _relu_channels(model: nn.Module, x: Tensor) -> dict[nn.Module, list[int]]:
     def leave(module, args, output):
         running.pop()
 
-    training = {module: module.training for module in model.modules()}
     buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
     with contextlib.ExitStack() as stack:
-        for module in training:
+        for module in model.modules():
             stack.enter_context(module.register_forward_pre_hook(lambda module, args: running.append(module)))
             stack.enter_context(module.register_forward_hook(leave, always_call=True))
-        try:
-            model.train()
-            with _Probe(running) as probe:
-                torch.func.functional_call(model, buffers, (x,))  # batch norms update the clones
-        finally:
-            for module, mode in training.items():
-                module.training = mode
+        with training_mode(model, True), _Probe(running) as probe:
+            torch.func.functional_call(model, buffers, (x,))  # batch norms update the clones
     return probe.channels
 
 

@@ -12,6 +12,7 @@ from torch import nn
 from ..dct import macs
 from ..errors import UsageError
 from ..ops.maskable import layers, maskable, theoretical_size
+from ..ops.modes import training_mode
 
 MIB = 2**20
 
@@ -100,15 +101,11 @@ def _uses(model: nn.Module, input_shape: tuple[int, ...]) -> Counter[nn.Module]:
         uses[layer] += (args[0] if transposed else output).numel() // len(layer.weight)
 
     hooks = [layer.register_forward_hook(count) for _, layer in layers(model)]
-    modes = {module: module.training for module in model.modules()}
     parameter = next(model.parameters())
     try:
-        model.eval()
-        with torch.no_grad():
+        with training_mode(model, False), torch.no_grad():
             model(torch.zeros(1, *input_shape, device=parameter.device, dtype=parameter.dtype))
     finally:
-        for module, training in modes.items():
-            module.training = training
         for hook in hooks:
             hook.remove()
     return uses

@@ -10,6 +10,7 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
 from ..ops.maskable import maskable
+from ..ops.modes import training_mode
 
 _RELU = {F.relu, torch.relu, Tensor.relu, torch.relu_, Tensor.relu_, F.relu_}
 
@@ -28,15 +29,10 @@ def gradient_norms(
     """
     weights = {name: weight for name, weight in maskable(model).items() if name in masks}
     buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
-    training = {module: module.training for module in model.modules()}
-    try:
-        model.train()
-        with torch.random.fork_rng([] if x.device.type == "cpu" else [x.device], device_type=x.device.type):
-            output = torch.func.functional_call(model, buffers, (x,))
+    devices = [] if x.device.type == "cpu" else [x.device]
+    with training_mode(model, True), torch.random.fork_rng(devices, device_type=x.device.type):
+        output = torch.func.functional_call(model, buffers, (x,))
         gradients = torch.autograd.grad(loss(output, y), list(weights.values()))
-    finally:
-        for module, mode in training.items():
-            module.training = mode
     return {name: float((g * masks[name]).norm()) for name, g in zip(weights, gradients, strict=True)}
 
 
@@ -44,13 +40,8 @@ def gradient_norms(
 def positive_preactivations(model: nn.Module, x: Tensor) -> list[float]:
     """Share of positive numbers in the input of each ReLU call, in the order of a forward pass in evaluation mode
     (EAST, Fig. 3)."""
-    training = {module: module.training for module in model.modules()}
-    try:
-        with _Watch() as watch:
-            model.eval()(x)
-    finally:
-        for module, mode in training.items():
-            module.training = mode
+    with training_mode(model, False), _Watch() as watch:
+        model(x)
     return watch.shares
 
 

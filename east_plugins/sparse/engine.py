@@ -18,6 +18,7 @@ from ..masking import Masking
 from ..ops import distributed
 from ..ops.active import Active
 from ..ops.maskable import layers, maskable, unwrap
+from ..ops.modes import training_mode
 from ..ops.packed import Copies
 from ..ops.swap import restore, swap
 from ..sharing import scale_of
@@ -223,7 +224,7 @@ class Engine:
         x = torch.randn(2, *self.input_shape, generator=torch.Generator().manual_seed(0)).to(like)
         run = self._gradients if gradients else torch.no_grad()(self._run)
         try:
-            with _evaluation(self.model), torch.autocast(x.device.type, enabled=False):
+            with training_mode(self.model, False), torch.autocast(x.device.type, enabled=False):
                 sparse, dense = run(x, plans), run(x, None)
         except (RuntimeError, IndexError, TypeError, AttributeError) as error:
             logger.info("the network cannot run on fewer channels: %s", str(error).splitlines()[0])
@@ -328,18 +329,6 @@ def _cannot(host: Masking, model: nn.Module) -> str | None:
 
 def _is_norm(module: nn.Module) -> bool:
     return isinstance(module, (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d))
-
-
-@contextlib.contextmanager
-def _evaluation(model: nn.Module) -> Iterator[None]:
-    training = [module for module in model.modules() if module.training]
-    try:
-        for module in training:
-            module.training = False
-        yield
-    finally:
-        for module in training:
-            module.training = True
 
 
 def _reads_all_channels(model: nn.Module) -> bool:
