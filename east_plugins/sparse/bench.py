@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import models
+from ..activations import attach, factory
 from ..bench import Subject, interleaved, itop_host, report
 from ..itop import CosineDecay
 from ..masking import Masking
@@ -146,6 +147,8 @@ class _Itop:
 def _network(args: Namespace) -> tuple[nn.Module, torch.optim.Optimizer]:
     torch.manual_seed(0)
     model = models.build(args.model, args.classes).to(args.device)
+    if args.activation:
+        attach(model, factory(args.activation), (3, 32, 32))
     return model, torch.optim.SGD(model.parameters(), lr=1e-3, momentum=0.9, weight_decay=1e-4)
 
 

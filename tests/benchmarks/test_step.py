@@ -22,7 +22,7 @@ def test_times_faster_than_dense_masking(model, density, times, masks):
     torch.set_num_threads(2)
     result = bench.step(
         Namespace(model=model, classes=10, density=density, masks=masks, batch_size=128, repeats=1, growth="gradient",
-                  device="cpu", itop=None)
+                  device="cpu", activation=None, itop=None)
     )  # fmt: skip
     if masks != "random":  # nearly dead, so they prove little
         assert result["ratios"]["dense_over_sparse"] >= times
