@@ -21,7 +21,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "synflow": dict(static=True, sparse_init="synflow"),
     "set": dict(growth="random", death="magnitude", update=1500),
     "rigl": dict(growth="gradient", death="magnitude", update=4000),
-    "snfs": dict(growth="momentum", death="magnitude", redistribution="momentum", update=391),
+    "snfs": dict(growth="momentum", death="magnitude", redistribution="momentum", update=352),
     "gmp": dict(growth="gradient", death="magnitude", death_rate=0.0, density_schedule="gradual", initial_density=1.0,
                 update=1000),
     "granet": dict(growth="gradient", death="magnitude", prune_scope="global", density_schedule="gradual", update=1000),

@@ -1,7 +1,7 @@
 """EAST's options: one dataclass that becomes the `--east-*` flags of every command, and back.
 
 Lengths are in epochs as in the paper's Table B.1, update frequencies in optimizer steps. What is not given by hand
-is Table B.1's value for 250 epochs of 391 steps, scaled to the run (`EastOptions.resolve`).
+is Table B.1's value for 250 epochs of 352 steps, scaled to the run (`EastOptions.resolve`).
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ from .errors import UnknownNameError, UsageError
 from .flags import option, read_yaml
 from .schedules.density import PATTERNS, Constant, Cyclic
 
-#: Table B.1's run: 250 epochs of 50,000 images in batches of 128.
+#: Table B.1's run: 250 epochs of 45,000 images (a tenth is for validation, as in ITOP's code) in batches of 128.
 REFERENCE_EPOCHS = 250
-REFERENCE_STEPS = 250 * 391
+REFERENCE_STEPS = 250 * 352
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ class EastOptions:
     cyclic_length_mult: float = option(1.0, "length of each cycle as a multiple of the one before", type=float)
     cyclic_update_frequency: int | None = option(
         None,
-        "steps between topology updates inside the cycles (default: the run's steps / 279, as 350 of 97,750)",
+        "steps between topology updates inside the cycles (default: the run's steps / 251, as 350 of 88,000)",
         type=int,
     )
     dyrelu: bool = option(False, "phased activation: DyReLU for every ReLU at first, plain ReLU at the end")

@@ -48,7 +48,7 @@ def describe(options: Config, classes: int, channels: int) -> dict[str, Any]:
     """
     if classes < 1 or channels < 1:
         raise UsageError(f"--classes and --channels must be at least 1, got {classes} and {channels}")
-    options = options.resolve(steps_per_epoch=391)
+    options = options.resolve(steps_per_epoch=352)
     shape = (channels, options.image_size or 32, options.image_size or 32)
     model = runs.build_model(options, classes, shape)
     host = Masking(torch.optim.SGD(model.parameters()), growth_mode="random", schedule=Constant(options.density),

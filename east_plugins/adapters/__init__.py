@@ -1,6 +1,6 @@
 """EAST on hosts of other people: one adapter a host, one way to attach.
 
-    attachment = attach(mask, EastOptions(cyclic=True), epochs=250, steps_per_epoch=391)
+    attachment = attach(mask, EastOptions(cyclic=True), epochs=250, steps_per_epoch=352)
 
 adds the tricks to a `Masking` of ITOP, sparse_learning or GraNet, a rigl-torch `RigLScheduler` or our own `Masking`
 without editing its source. The host keeps its rules and its logging. `attachment.adapter` reads masks, fired weights

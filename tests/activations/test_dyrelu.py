@@ -4,6 +4,7 @@ import torch
 from torch import nn
 
 from east_plugins.activations import factory
+from east_plugins.activations.dyrelu import max_of_lines
 from east_plugins.errors import UnknownNameError, UsageError
 
 SHAPES = [(3, 8, 5, 4), (3, 8, 7), (3, 8)]
@@ -106,3 +107,22 @@ def test_unknown_name_gives_the_nearest():
 def test_reduction_below_one_is_refused():
     with pytest.raises(UsageError, match="--east-dyrelu-reduction must be at least 1, got 0"):
         factory("b", reduction=0)(8)
+
+
+@pytest.mark.parametrize("shape", [(3, 4, 2, 1), (3, 1, 1, 1), (1, 4, 1, 1)], ids=str)
+def test_gradients_of_the_larger_of_two_lines_are_right(shape):
+    draw = torch.Generator().manual_seed(0)
+    inputs = [torch.randn((3, 4, 2, 5), generator=draw, dtype=torch.float64)]
+    inputs += [torch.randn(shape, generator=draw, dtype=torch.float64) for _ in range(4)]
+    for tensor in inputs:
+        tensor.requires_grad_()
+    assert torch.autograd.gradcheck(max_of_lines, inputs)
+    assert torch.autograd.gradgradcheck(max_of_lines, inputs)
+    x, *coefficients = inputs
+    with torch.no_grad():
+        coefficients[2].copy_(coefficients[0])  # equal lines: both get half, as from torch.maximum
+        coefficients[3].copy_(coefficients[1])
+    found = torch.autograd.grad(max_of_lines(*inputs).sum(), inputs)
+    a1, b1, a2, b2 = coefficients
+    wanted = torch.autograd.grad(torch.maximum(a1 * x + b1, a2 * x + b2).sum(), inputs)
+    torch.testing.assert_close(found, wanted)

@@ -63,4 +63,5 @@ def test_other_layouts_and_dtypes_are_computed_by_pytorch(monkeypatch):
     torch.testing.assert_close(max_of_lines(plain, *coefficients), formula(plain, *coefficients))
     torch.testing.assert_close(position_mean(plain), plain.mean((2, 3)))
     half, few = make((4, 3, 5, 5), True, torch.bfloat16)
-    torch.testing.assert_close(max_of_lines(half, *few), formula(half, *few))
+    exact = formula(half.float(), *(t.float() for t in few)).bfloat16()
+    torch.testing.assert_close(max_of_lines(half, *few), exact, rtol=0.016, atol=0.01)
