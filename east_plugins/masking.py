@@ -19,8 +19,8 @@ from .init.weights import sparse_fan_in
 from .layer import Layer
 from .ops import distributed
 from .ops.active import Active, ActiveSets
-from .ops.gradients import MaskedGradients, accumulate
-from .ops.maskable import maskable, theoretical_size, unwrap
+from .ops.gradients import MaskedGradients, accumulate, all_finite
+from .ops.maskable import layers, maskable, modules_of, theoretical_size, unwrap
 from .ops.optimizer_state import momentum_factor, state_names, state_tensors
 from .ops.packed import PackedState
 from .ops.select import fetch
@@ -58,7 +58,8 @@ class Masking(legacy.Surface):
         args: namespace with ITOP's `fix` and `update_frequency`, where a script passes one.
         update_frequency: steps between updates where neither `args` nor `schedule` says so; None is static.
         schedule: density schedule; by default the density given to `add_module`, constant.
-        prune_scope: "local" (every layer drops its own share) or "global" (least important over all layers).
+        prune_scope: "local" (every layer drops its own share) or "global" (a falling density drops the least important
+            weights over all layers).
         keep_connected: keep grown and kept weights on input-to-output paths (needs `input_shape`).
         seed: seed of all random choices; by default torch's initial seed, without drawing from it.
         plugins: callables run with the host at the end of every step, for example phased activations.
@@ -99,6 +100,7 @@ class Masking(legacy.Surface):
         self.args = args
         self.plugins = list(plugins)
         self.steps = 0
+        self._put_off = False  # an update, from a step that a scaler skipped
         self.prune_every_k_steps = getattr(args, "update_frequency", update_frequency)
         if getattr(args, "fix", False):
             self.prune_every_k_steps = None
@@ -166,12 +168,13 @@ class Masking(legacy.Surface):
         self.input_shape = None if input_shape is None else tuple(input_shape)
         self.weights, self.modules = weights, [module]
         self.theoretical_size = theoretical_size(model)
+        self._final = round(density * self.theoretical_size)
         self._allocation = Allocation(sparse_init)
         drawn = self._allocation.draw(model, weights, self.target_nonzeros(0), self.input_shape, self.generator)
         masks = distributed.from_rank_0(drawn)
         self._set_masks({name: mask.to(weights[name].device) for name, mask in masks.items()})
         if weight_init == "sparse-fan-in":
-            sparse_fan_in(weights, self.masks, self.generator)
+            sparse_fan_in(weights, self.masks, self.generator, modules_of(model))
         self.apply_mask()
         logger.info("%s of %s weights active (density %g)", self.nonzeros, self.theoretical_size, density)
 
@@ -183,23 +186,31 @@ class Masking(legacy.Surface):
     @property
     def dense_gradient_next(self) -> bool:
         """Whether the next step has a topology update by a rule that scores with the dense gradient."""
-        return "grad" in self.needs and self.schedule.due(self.steps + 1)
+        return "grad" in self.needs and self._due_next
+
+    @property
+    def _due_next(self) -> bool:
+        return self._put_off or self.schedule.due(self.steps + 1)
 
     def target_nonzeros(self, step: int) -> int:
         """Active weights that the schedule asks for at `step`: exactly `density(step) / target` times the count
         at the target, within what the (possibly shared) tensors can hold and one weight a layer."""
-        final = round(self.density * self.theoretical_size)
-        wanted = round(final * (self.schedule.density(step) / self.schedule.target))
+        wanted = round(self._final * (self.schedule.density(step) / self.schedule.target))
         return min(wanted, sum(weight.numel() for weight in self.weights.values()))
 
     def remove_weight(self, name: str) -> None:
-        """Stop masking the weight called `name` or `name.weight`; it trains densely from here on."""
+        """Stop masking the weight called `name` or `name.weight`; it trains densely from here on.
+
+        The other layers keep their budgets: the removed one's goes with it.
+        """
         name = name if name in self.masks else f"{name}.weight"
         if name not in self.masks:
             raise UsageError(f"remove_weight: {name!r} is not masked; known: {', '.join(self.masks)}")
+        self._final -= self._allocation.budgets(self.weights, self._final)[name]
+        tied = [module for _, module in layers(unwrap(self.modules[0])) if module.weight is self.weights[name]]
+        self.theoretical_size -= len(tied) * self.weights[name].numel()
         for table in (self.masks, self.fired_masks, self.weights, self.name2nonzeros, self._momentum):
             table.pop(name, None)
-        self.theoretical_size = sum(weight.numel() for weight in self.weights.values())
 
     def remove_weight_partial_name(self, partial_name: str) -> None:
         """Stop masking every weight whose name contains `partial_name`."""
@@ -222,12 +233,16 @@ class Masking(legacy.Surface):
         """
         if scaler is not None:
             scaler.unscale_(self.optimizer)
-        due = self.schedule.due(self.steps + 1)
+        due = self._due_next
+        if due and scaler is not None and not all_finite(self._gradients().values()):
+            due, self._put_off = False, True  # the scaler skips this step, whose gradients say nothing
+        elif due:
+            self._put_off = False
         dense: dict[str, Tensor] = {}
         with contextlib.ExitStack() as stack:
 
             def prepare() -> None:
-                self._track_momentum()
+                self._track_momentum(skip_infinite=scaler is not None)
                 sets, masked = self._split()
                 if due and "grad" in self.needs:
                     dense.update({name: self.weights[name].grad.clone() for name in masked})
@@ -266,6 +281,7 @@ class Masking(legacy.Surface):
             for tensor in (weight, *state_tensors(self.optimizer, weight)):
                 tensor.masked_fill_(~mask, 0)
             self.packed.move(weight, self.active(name))
+        self._masked_gradients.follow(self.masks)
 
     @torch.no_grad()
     def truncate_weights(self) -> None:
@@ -282,9 +298,9 @@ class Masking(legacy.Surface):
         counts = topology.update(
             layers,
             self._rules,
-            list(self.name2nonzeros.values()),
+            [active.flat for active in old],
             [budgets[name] for name in self.masks],
-            self.death_rate,
+            self.death_rate if getattr(self.schedule, "replaces", True) else 0.0,
             self.generator,
         )
         if self.keep_connected:
@@ -299,16 +315,18 @@ class Masking(legacy.Surface):
             for tensor in (layer.weight, *state_tensors(self.optimizer, weight)):
                 active.keep(tensor, stays)
             self.packed.move(weight, self.active(layer.name))
+        self._masked_gradients.follow(self.masks)
 
     def fired_masks_update(self) -> tuple[dict[str, float], float]:
-        """Share of weights active at least once so far: per layer, and over all (the ITOP rate)."""
+        """Share of weights active at least once so far: per layer, and of all maskable ones of the unshared network, as
+        the density counts them (the ITOP rate)."""
         for name in self.masks:
             mask = self._mask(name)  # first: brings both to the weight's device
             self.fired_masks[name] |= mask
         counts = fetch([mask.sum().view(1) for mask in self.fired_masks.values()])
         fired = {name: int(count) for name, count in zip(self.fired_masks, counts, strict=True)}
         shares = {name: count / self.masks[name].numel() for name, count in fired.items()}
-        return shares, sum(fired.values()) / sum(mask.numel() for mask in self.masks.values())
+        return shares, sum(fired.values()) / self.theoretical_size
 
     def print_nonzero_counts(self) -> None:
         """Log every layer's active weights (level INFO of this module's logger)."""
@@ -324,7 +342,10 @@ class Masking(legacy.Surface):
             "fired_masks": dict(self.fired_masks),
             "momentum": dict(self._momentum),
             "steps": self.steps,
+            "put_off": self._put_off,
             "death_rate": self.death_rate,
+            "decay": self.death_rate_decay.state_dict() if hasattr(self.death_rate_decay, "state_dict") else None,
+            "drawn": self._allocation.drawn,
             "generator": self.generator.get_state(),
         }
 
@@ -340,7 +361,13 @@ class Masking(legacy.Surface):
         for name, fired in state["fired_masks"].items():
             self.fired_masks[name].copy_(fired)
         self._momentum = {n: m.to(self.weights[n].device, copy=True) for n, m in state["momentum"].items()}
-        self.steps, self.death_rate = state["steps"], state["death_rate"]
+        if state["decay"] is not None:
+            self.death_rate_decay.load_state_dict(state["decay"])
+        elif hasattr(self.death_rate_decay, "get_dr"):  # ITOP's own classes only count
+            for _ in range(state["steps"] - self.steps):
+                self.death_rate_decay.step()
+        self._allocation.take(state["drawn"])
+        self.steps, self.death_rate, self._put_off = state["steps"], state["death_rate"], state["put_off"]
         self.generator.set_state(state["generator"].cpu())
         self.apply_mask()
 
@@ -352,7 +379,7 @@ class Masking(legacy.Surface):
             entry = registry.BY_KIND[kind].entry(spec)
             name, function, meta = entry.name, entry.object, entry.meta
         else:
-            name, function, meta = getattr(spec, "__name__", str(spec)), spec, {}
+            name, function, meta = getattr(spec, "__name__", str(spec)), spec, getattr(spec, "east_meta", {})
         if legacy.is_legacy(kind, function):
             self.needs |= {"grad", "momentum"}
             return name, legacy.adapt(kind, function, self)
@@ -391,7 +418,7 @@ class Masking(legacy.Surface):
             count, size = self.name2nonzeros[name], weight.numel()
             packed = count < PACK_BELOW * size and weight.device.type == "cpu"
             sets[weight] = self.active(name) if packed else None
-            if not packed and count < size:
+            if not packed and count < size and not (self.engine and self.engine.masks_gradient(name)):
                 masked.append(name)
         return sets, masked
 
@@ -408,9 +435,15 @@ class Masking(legacy.Surface):
                     "call it after backward() and before step(), or use update_frequency"
                 )
 
-    def _track_momentum(self) -> None:
+    def _gradients(self) -> dict[str, Tensor]:
+        return {name: weight.grad for name, weight in self.weights.items() if weight.grad is not None}
+
+    def _track_momentum(self, skip_infinite: bool) -> None:
+        """`skip_infinite`: a scaler may skip this step because of gradients that overflowed."""
         if "momentum" in self.needs:
-            grads = {name: weight.grad for name, weight in self.weights.items() if weight.grad is not None}
+            grads = self._gradients()
+            if skip_infinite:
+                grads = {name: grad.nan_to_num(0, 0, 0) for name, grad in grads.items()}
             accumulate(self._momentum, grads, momentum_factor(self.optimizer))
 
     def _decay_rate(self) -> None:

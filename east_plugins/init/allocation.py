@@ -19,7 +19,8 @@ class Allocation:
     def __init__(self, name: str):
         self.name = name
         self.meta = registry.allocation.entry(name).meta
-        self._drawn: dict[str, int] | None = None
+        self.drawn: dict[str, int] | None = None  #: active weights that scores gave the layers at first, if they did
+        self._budgets: tuple[tuple, dict[str, int]] | None = None
 
     def draw(
         self,
@@ -38,13 +39,22 @@ class Allocation:
             raise UsageError(f"--sparse-init {self.name} needs add_module(..., input_shape=(channels, height, width))")
         masks = registry.allocation.get(self.name)(model, counts, input_shape, generator)
         if self.meta.get("keeps_counts"):  # the scores, not the allocation, gave the layers their shares
-            self._drawn = {name: int(mask.sum()) for name, mask in masks.items()}
+            self.take({name: int(mask.sum()) for name, mask in masks.items()})
         return masks
+
+    def take(self, drawn: dict[str, int] | None) -> None:
+        """Give every layer its share of these counts from here on."""
+        self.drawn, self._budgets = drawn, None
 
     def budgets(self, weights: Mapping[str, Tensor], total: int) -> dict[str, int]:
         """Active weights of every layer, `total` over all."""
-        if self._drawn is not None:
+        if self._budgets is None or self._budgets[0] != (total, *weights):
+            self._budgets = (total, *weights), self._computed(weights, total)
+        return self._budgets[1]
+
+    def _computed(self, weights: Mapping[str, Tensor], total: int) -> dict[str, int]:
+        if self.drawn is not None:
             sizes = [weight.numel() for weight in weights.values()]
-            return dict(zip(weights, apportion([self._drawn[name] for name in weights], total, 1, sizes), strict=True))
+            return dict(zip(weights, apportion([self.drawn[name] for name in weights], total, 1, sizes), strict=True))
         base = self.meta.get("budgets", "ERK") if self.meta.get("draws") else self.name
         return budgets(base, {name: weight.shape for name, weight in weights.items()}, total)

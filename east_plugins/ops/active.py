@@ -42,8 +42,8 @@ class Active:
 
     def put(self, dense: Tensor, values: Tensor | float) -> None:
         """Write the active entries of a tensor of the mask's shape."""
-        if isinstance(values, Tensor):
-            dense.put_(self.flat, values)
+        if isinstance(values, Tensor) and not torch.are_deterministic_algorithms_enabled():
+            dense.put_(self.flat, values)  # refuses to be deterministic, though no position comes twice
         else:
             dense[self.coordinates] = values
 

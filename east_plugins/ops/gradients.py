@@ -2,32 +2,75 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
 import torch
 from torch import Tensor
+from torch.utils.weak import TensorWeakRef
 
 
 class MaskedGradients:
-    """Zeroes gradients of inactive weights in place, and knows which gradients it has zeroed."""
+    """Zeroes gradients of inactive weights in place, and knows which gradients it has zeroed.
+
+    On CUDA all of them are multiplied in one operation, which needs masks of the gradients' own type and strides: they
+    are kept, and written to in place, so that a captured CUDA graph of a step follows the topology.
+    """
 
     def __init__(self):
-        self._masked: dict[str, tuple[Tensor, int]] = {}
+        self._masked: dict[str, tuple[TensorWeakRef, int]] = {}
+        self._factors: dict[str, _Factor] = {}
 
     @torch.no_grad()
     def mask(self, grads: Mapping[str, Tensor], masks: Mapping[str, Tensor]) -> None:
         """Set the gradients to zero outside of the masks of the same names."""
-        if grads and all(grad.is_cuda for grad in grads.values()):  # one call for all layers
-            torch._foreach_mul_(list(grads.values()), [masks[name] for name in grads])
+        if grads and _at_once(grads):
+            torch._foreach_mul_(list(grads.values()), self.factors(grads, masks))
         else:
             for name, grad in grads.items():
                 grad.masked_fill_(~masks[name], 0)
-        self._masked |= {name: (grad, grad._version) for name, grad in grads.items()}
+        self._masked |= {name: (TensorWeakRef(grad), grad._version) for name, grad in grads.items()}
+
+    def factors(self, like: Mapping[str, Tensor], masks: Mapping[str, Tensor]) -> list[Tensor]:
+        """The masks as tensors of ones and zeros that are like the tensors of the same names."""
+        for name, tensor in like.items():
+            factor = self._factors.get(name)
+            if factor is None or not factor.fits(tensor):
+                self._factors[name] = factor = _Factor(tensor)
+            factor.follow(masks[name])
+        return [self._factors[name].values for name in like]
+
+    def follow(self, masks: Mapping[str, Tensor]) -> None:
+        """Bring what is kept of the masks up to date."""
+        for name, factor in self._factors.items():
+            if name in masks:
+                factor.follow(masks[name])
 
     def has_masked(self, name: str, grad: Tensor | None) -> bool:
         """Whether this very gradient was masked and not written to since."""
         masked, version = self._masked.get(name, (None, None))
-        return masked is not None and grad is masked and masked._version == version
+        return masked is not None and grad is masked() and grad._version == version
+
+
+class _Factor:
+    """A mask as ones and zeros."""
+
+    def __init__(self, like: Tensor):
+        self.values = torch.empty_like(like, requires_grad=False)
+        self._mask: tuple[TensorWeakRef, int] | None = None
+
+    def fits(self, tensor: Tensor) -> bool:
+        ours = self.values
+        return (ours.dtype, ours.device, ours.stride()) == (tensor.dtype, tensor.device, tensor.stride())
+
+    @torch.no_grad()
+    def follow(self, mask: Tensor) -> None:
+        if self._mask is None or self._mask[0]() is not mask or self._mask[1] != mask._version:
+            self.values.zero_().masked_fill_(mask, 1)
+            self._mask = TensorWeakRef(mask), mask._version
+
+
+def _at_once(grads: Mapping[str, Tensor]) -> bool:
+    return all(grad.is_cuda for grad in grads.values())
 
 
 @torch.no_grad()
@@ -40,3 +83,8 @@ def accumulate(averages: dict[str, Tensor], grads: Mapping[str, Tensor], factor:
         present = [averages[name] for name in grads]
         torch._foreach_mul_(present, factor)
         torch._foreach_add_(present, list(grads.values()))
+
+
+def all_finite(grads: Collection[Tensor]) -> bool:
+    """Whether no entry is infinite or NaN; waits for the device."""
+    return not grads or bool(torch.stack([grad.isfinite().all() for grad in grads]).all())

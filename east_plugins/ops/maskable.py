@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
-from torch import nn
-from torch.nn.modules.conv import _ConvNd
+from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
 
 def layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
@@ -35,9 +35,25 @@ def maskable(model: nn.Module) -> dict[str, nn.Parameter]:
     return dict(found.values())
 
 
+def modules_of(model: nn.Module) -> dict[str, nn.Module]:
+    """The layer of every maskable weight, by the weight's name; of a tied weight the first."""
+    found = {}
+    for _, module in layers(model):
+        found.setdefault(id(module.weight), module)
+    return {name: found[id(weight)] for name, weight in maskable(model).items()}
+
+
 def theoretical_size(model: nn.Module) -> int:
     """Number of maskable weights of the unshared network: every layer's weight counts, tied or not (EAST, 3.2)."""
     return sum(module.weight.numel() for _, module in layers(model))
+
+
+def output_of(module: nn.Module | None, places: Sequence[Tensor]) -> Tensor:
+    """The output channel that weights of a layer feed, from their coordinates in its weight tensor."""
+    if not isinstance(module, _ConvTransposeNd):
+        return places[0]
+    inputs, outputs = module.in_channels // module.groups, module.out_channels // module.groups
+    return places[0] // inputs * outputs + places[1]
 
 
 def unwrap(module: nn.Module) -> nn.Module:

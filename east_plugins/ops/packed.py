@@ -71,6 +71,8 @@ class PackedState:
         given = [(id(p), p.grad is None, p.dtype) for group in groups for p in group["params"]]
         given += [self.copies, *map(id, sets), *map(id, sets.values())]
         if given != self._planned_for:
+            present = {parameter for group in groups for parameter in group["params"]}
+            self._states = {p: state for p, state in self._states.items() if p in present}
             self._plan = [self._planned(group["params"], sets) for group in groups]
             self._planned_for = given
         with contextlib.ExitStack() as stack:
@@ -136,7 +138,7 @@ class PackedState:
 
     def _unpack(self, parameter: nn.Parameter) -> None:
         if parameter in self._states:
-            self.optimizer.state[parameter] = _spread(*self._states.pop(parameter))
+            self.optimizer.state[parameter] = _spread(parameter, *self._states.pop(parameter))
 
     def _forget(self) -> None:
         self._states.clear()
@@ -146,7 +148,7 @@ class PackedState:
         ours = [p for group in optimizer.param_groups for p in group["params"]]
         theirs = [index for group in saved["param_groups"] for index in group["params"]]
         packed = {
-            index: _spread(*self._states[parameter])
+            index: _spread(parameter, *self._states[parameter])
             for parameter, index in zip(ours, theirs, strict=True)
             if parameter in self._states
         }
@@ -210,9 +212,16 @@ def _age(state: State) -> float | None:
     return float(state.get("step", 0)) if state else None
 
 
-def _spread(active: Active | All, state: State) -> State:
-    """Dense state of one parameter, all its own: a step counter is one for the whole vector."""
-    return {n: active.spread(v) if _is_packed(v, active) else copy.deepcopy(v) for n, v in state.items()}
+def _spread(parameter: nn.Parameter, active: Active | All, state: State) -> State:
+    """Dense state of one parameter in its memory format, all its own: a step counter is the whole vector's."""
+    return {n: _dense_like(parameter, active.spread(v)) if _is_packed(v, active) else copy.deepcopy(v)
+            for n, v in state.items()}  # fmt: skip
+
+
+def _dense_like(parameter: nn.Parameter, values: Tensor) -> Tensor:
+    """Fused optimizers take state of their parameter's strides only."""
+    same = values.stride() == parameter.stride()
+    return values if same else torch.empty_like(parameter, dtype=values.dtype, requires_grad=False).copy_(values)
 
 
 def _is_packed(value: Any, active: Active | All) -> bool:

@@ -51,12 +51,21 @@ def together(selections: Sequence[Selection]) -> list[Tensor]:
     return [results[i] for i in range(len(selections))]
 
 
-def fetch(tensors: Sequence[Tensor]) -> Sequence[Tensor]:
-    """Integer or boolean tensors of one dimension on the CPU, by one transfer; all int64."""
+def fetch(tensors: Sequence[Tensor], dtype: torch.dtype | None = torch.long) -> Sequence[Tensor]:
+    """Tensors of one dimension on the CPU, by one transfer; all of one type, by default int64, None: their own."""
     if not tensors:
         return ()
-    device = tensors[0].device
-    return torch.cat([t.to(device, torch.long) for t in tensors]).cpu().split([len(t) for t in tensors])
+    device, dtype = tensors[0].device, dtype or tensors[0].dtype
+    return torch.cat([t.to(device, dtype) for t in tensors]).cpu().split([len(t) for t in tensors])
+
+
+def upload(indices: Sequence[Tensor], device: torch.device) -> Sequence[Tensor]:
+    """CPU indices on a device, by one transfer for which the host does not wait."""
+    if not indices or device.type == "cpu":
+        return indices
+    together = torch.cat(list(indices))
+    together = together.pin_memory() if device.type == "cuda" else together
+    return together.to(device, non_blocking=True).split([len(part) for part in indices])
 
 
 def positions(mask: Tensor, count: int) -> Tensor:
@@ -76,9 +85,16 @@ def highest(scores: Tensor, k: int, eligible: Tensor, generator: torch.Generator
     if _asks_nothing(scores):  # an accelerator goes over all of them faster than the host knows how many are needed
         candidates = _at_least_kth_block_maximum(scores, k, among)
         scores, among = scores[candidates], among[candidates]
-    cut = scores.topk(k, sorted=False).values.min()
-    above, tied = yield from _found(scores > cut, (scores == cut) & among)
-    chosen = torch.cat([above, tied[_upload(choose(len(tied), k - len(above), generator), tied.device)]])
+    values, best = scores.topk(k, sorted=False)
+    cut = values.min()
+    above, tied = values > cut, (scores == cut) & among
+    counts = yield torch.stack([above.sum(), tied.sum(), among[best].sum()])
+    more, ties, eligible_ones = counts.tolist()
+    if ties == k - more and eligible_ones == k:  # nothing is left to choose
+        chosen = best
+    else:
+        drawn = choose(ties, k - more, generator)
+        chosen = torch.cat([best[positions(above, more)], positions(tied, ties)[upload([drawn], tied.device)[0]]])
     return chosen if candidates is None else candidates[chosen]
 
 
@@ -92,12 +108,12 @@ def _random(k: int, eligible: Tensor, generator: torch.Generator) -> Selection:
     if flat.numel() > 16 * k:  # few are wanted: draw positions and keep the eligible ones, if that is enough
         yield flat[:0]  # draws come after the same number of turns for layers of every size
         drawn = choose(flat.numel(), min(2 * k + 16, flat.numel()), generator)
-        usable = yield flat[_upload(drawn, flat.device)]
+        usable = yield flat[upload([drawn], flat.device)[0]]
         drawn = drawn[usable.bool()]
         if len(drawn) >= k:
-            return _upload(drawn[:k], flat.device)
-    (found,) = yield from _found(flat)
-    return found[_upload(choose(len(found), k, generator), flat.device)]
+            return upload([drawn[:k]], flat.device)[0]
+    (count,) = (yield flat.sum().view(1)).tolist()
+    return positions(flat, count)[upload([choose(count, k, generator)], flat.device)[0]]
 
 
 def choose(n: int, k: int, generator: torch.Generator) -> Tensor:
@@ -111,20 +127,6 @@ def choose(n: int, k: int, generator: torch.Generator) -> Tensor:
         more = torch.randint(n, (k + k // 2 + 8,), generator=generator)
         drawn = torch.cat([drawn, more]).unique()
     return drawn[torch.randperm(len(drawn), generator=generator)[:k]]
-
-
-def _found(*masks: Tensor) -> Generator[Tensor, Tensor, list[Tensor]]:
-    """Positions of the true entries of masks; their numbers are asked of the device together."""
-    if _asks_nothing(masks[0]):
-        yield masks[0][:0]  # nothing to ask, but the same turns as on other devices
-        return [mask.nonzero().flatten() for mask in masks]
-    counts = yield torch.stack([mask.sum() for mask in masks])
-    return [positions(mask, count) for mask, count in zip(masks, counts.tolist(), strict=True)]
-
-
-def _upload(indices: Tensor, device: torch.device) -> Tensor:
-    """CPU indices on the device; the host does not wait for the copy."""
-    return indices.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else indices.to(device)
 
 
 def _asks_nothing(tensor: Tensor) -> bool:

@@ -42,5 +42,5 @@ def momentum_neuron(layer: Layer) -> Tensor:
     """
     size = layer.momentum.abs().flatten(1)
     share = size.mean(1, keepdim=True)
-    rank = size.masked_fill(layer.mask.flatten(1), -1).argsort(1, descending=True).argsort(1)
+    rank = size.masked_fill(layer.mask.flatten(1), -1).argsort(dim=1, descending=True, stable=True).argsort(1)
     return (share / (2 * rank + 1)).view_as(layer.weight).to(torch.float32)

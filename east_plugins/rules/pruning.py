@@ -25,7 +25,7 @@ def smallest_of_each_sign(layer: Layer) -> Tensor:
     importance = torch.zeros_like(layer.weight, dtype=torch.float32)
     for one_sign in (layer.mask & (layer.weight >= 0), layer.mask & (layer.weight < 0)):
         size = layer.weight[one_sign].abs()
-        importance[one_sign] = size.argsort().argsort().float()
+        importance[one_sign] = size.argsort(stable=True).argsort().float()
     return importance
 
 

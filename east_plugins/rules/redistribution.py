@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from ..layer import Layer
@@ -14,7 +15,7 @@ from ..registry import redistribution
 @redistribution.register("magnitude")
 def magnitude(layer: Layer) -> Tensor:
     """Mean magnitude of the layer's active weights."""
-    return layer.weight[layer.mask].abs().mean()
+    return _active_mean(layer.weight.abs(), layer.mask)
 
 
 @redistribution.register("nonzeros")
@@ -26,4 +27,9 @@ def nonzeros(layer: Layer) -> Tensor:
 @redistribution.register("momentum", needs=("momentum",))
 def momentum(layer: Layer) -> Tensor:
     """Mean |momentum| of the layer's active weights (SNFS, Dettmers and Zettlemoyer 2019)."""
-    return layer.momentum[layer.mask].abs().mean()
+    return _active_mean(layer.momentum.abs(), layer.mask)
+
+
+def _active_mean(values: Tensor, mask: Tensor) -> Tensor:
+    """Without asking the device how many are active."""
+    return torch.where(mask, values, 0).sum() / mask.sum()

@@ -1,8 +1,8 @@
 """Global density as a pure function of the step.
 
 Each schedule is a frozen dataclass with `target` (the density at the end), `density(step)` in (0, 1] and
-`due(step)`: whether a topology update follows optimizer step number `step` (counted from 1). No hidden state, so
-resuming needs the step only.
+`due(step)`: whether a topology update follows optimizer step number `step` (counted from 1). Where `replaces` is False
+its updates drop and grow for the density's sake only. No hidden state, so resuming needs the step only.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from functools import cached_property
+from typing import ClassVar
 
 from ..errors import UsageError
 from ..registry import density as registry
@@ -169,11 +170,12 @@ class Gradual:
 @registry.register("one-shot")
 @dataclass(frozen=True)
 class OneShot:
-    """Density `initial` up to step `stop`, then `target` at once; no update besides."""
+    """Density `initial` up to step `stop`, then `target` at once: what the prune rule finds most important stays."""
 
     target: float
     initial: float = 1.0
     stop: int = 1
+    replaces: ClassVar[bool] = False
 
     def __post_init__(self):
         check_density(self.target)

@@ -82,6 +82,7 @@ class Engine:
         self._forced: list[Plans | None] = []
         self._seconds: dict[tuple, float] = {}
         self._handles: list[Any] = []
+        self._planned = False  # whether slots hold plans
         if self.reason is None:
             self._attach()
         elif engine != "dense":
@@ -105,6 +106,10 @@ class Engine:
     def holds_gradient(self, name: str) -> bool:
         """Whether the gradient of a weight is one of active values only."""
         return name in self._sinks and self._sinks[name].holds_gradient()
+
+    def masks_gradient(self, name: str) -> bool:
+        """Whether the gradient of a weight is one of active values only, and nobody else wrote to it."""
+        return self.holds_gradient(name) and self._sinks[name].is_clean()
 
     def stepped(self) -> None:
         """Called by the host at the end of a step: whatever changed in the weights since the last one was its own."""
@@ -134,17 +139,25 @@ class Engine:
     def _enter(self, model: nn.Module, args: tuple) -> None:
         usual = len(args) == 1 and isinstance(args[0], Tensor)
         plans = self._forced[-1] if self._forced else self._choose(args[0]) if usual else None
+        if plans is None and not self._planned:
+            return
+        self._planned = plans is not None
         for module, slot in self._slots.items():
             slot.plan = plans.get(module) if plans else None
 
     @torch.compiler.disable
     def _leave(self, model: nn.Module, args: tuple, output: Any) -> None:
+        if not self._planned:
+            return
+        self._planned = False
         for slot in self._slots.values():
             slot.plan = None
 
     def _choose(self, x: Tensor) -> Plans | None:
         """The plans of a forward pass, None for a dense one."""
-        if self.dense or not self._weights_are_the_hosts() or not self._inactive_are_zero():
+        if self.dense or (self.choice == "auto" and self._was_slower(x)):
+            return None
+        if not self._weights_are_the_hosts() or not self._inactive_are_zero():
             return None
         masks = (*((id(mask), mask._version) for mask in self.host.masks.values()), _reads_all_channels(self.model))
         if masks != self._masks:
@@ -207,6 +220,8 @@ class Engine:
 
     def _with_dense_gradient(self) -> Plans | None:
         """Plans that also give the dense gradients; None for networks in which they would come out wrong."""
+        if not next(iter(self._weights.values())).is_cpu:  # its passes are compiled ones
+            return None
         all_read = self._narrow and _reads_all_channels(self.model)
         if self._gradient_plans is None:
             plans = gradient_plans(self._plans, self._kept, all_read)
@@ -220,17 +235,26 @@ class Engine:
 
     def _agrees(self, plans: Plans, gradients: bool = False) -> bool:
         """Whether a small random batch comes out as from the dense network, in evaluation; or its gradients do."""
-        like = next(iter(self.host.weights.values()))
-        x = torch.randn(2, *self.input_shape, generator=torch.Generator().manual_seed(0)).to(like)
-        run = self._gradients if gradients else torch.no_grad()(self._run)
+        x = torch.randn(2, *self.input_shape, generator=torch.Generator().manual_seed(0))
+        x = x.to(next(iter(self.host.weights.values())))
         try:
-            with training_mode(self.model, False), torch.autocast(x.device.type, enabled=False):
-                sparse, dense = run(x, plans), run(x, None)
+            with training_mode(self.model, False), _exactly(x.device.type):
+                sparse, dense = (self._check(x, each, gradients) for each in (plans, None))
         except (RuntimeError, IndexError, TypeError, AttributeError) as error:
             logger.info("the network cannot run on fewer channels: %s", str(error).splitlines()[0])
             return False
         scale = max(float(dense.abs().max()), 1e-30)
         return not math.isfinite(scale) or float((sparse - dense).abs().max()) <= 1e-3 * scale
+
+    def _check(self, x: Tensor, plans: Plans | None, gradients: bool) -> Tensor:
+        """The gradients of a batch, or its outputs in float64: where masks are disconnected, norms of constants make
+        large numbers of rounding."""
+        if gradients:
+            return self._gradients(x, plans)
+        tensors = {**dict(self.model.named_parameters()), **dict(self.model.named_buffers())}
+        tensors = {name: tensor.double() for name, tensor in tensors.items() if tensor.is_floating_point()}
+        with torch.no_grad():
+            return self._run(x.double(), plans, tensors)
 
     def _gradients(self, x: Tensor, plans: Plans | None) -> Tensor:
         """The dense gradients of all masked weights in one vector, each divided by its size."""
@@ -252,11 +276,11 @@ class Engine:
             for parameter, gradient in gradients:
                 parameter.grad = gradient
 
-    def _run(self, x: Tensor, plans: Plans | None, buffers: Mapping[str, Tensor] = {}) -> Tensor:
-        """All of the model's outputs in one vector, with plans and buffers of our choice."""
+    def _run(self, x: Tensor, plans: Plans | None, tensors: Mapping[str, Tensor] = {}) -> Tensor:
+        """All of the model's outputs in one vector, with plans, parameters and buffers of our choice."""
         with self._forcing(plans):
-            outputs = tree_leaves(torch.func.functional_call(self.model, dict(buffers), (x,)))
-        return torch.cat([output.float().flatten() for output in outputs if isinstance(output, Tensor)])
+            outputs = tree_leaves(torch.func.functional_call(self.model, dict(tensors), (x,)))
+        return torch.cat([output.flatten() for output in outputs if isinstance(output, Tensor)])
 
     @contextlib.contextmanager
     def _forcing(self, plans: Plans | None) -> Iterator[None]:
@@ -271,14 +295,20 @@ class Engine:
     def _is_slower(self, x: Tensor) -> bool:
         """Whether the sparse passes of a training step take longer than the dense ones, as measured at the first one
         with about so many images and active weights. Evaluation goes by what was measured in training."""
-        size = sum(len(sink.active) for sink in self._sinks.values())
-        dense = (round(math.log2(len(x))), *x.shape[1:], str(x.dtype))
-        sparse = (*dense, round(2 * math.log2(size)))
         if self.model.training and torch.is_grad_enabled():
-            for key, plans in ((sparse, self._plans), (dense, None)):
+            for key, plans in zip(self._keys(x), (self._plans, None), strict=True):
                 if key not in self._seconds:
                     self._seconds[key] = self._measure(x, plans)
+        return self._was_slower(x)
+
+    def _was_slower(self, x: Tensor) -> bool:
+        sparse, dense = self._keys(x)
         return self._seconds.get(sparse, 0.0) > self._seconds.get(dense, math.inf)
+
+    def _keys(self, x: Tensor) -> tuple[tuple, tuple]:
+        """What a time belongs to: a sparse pass's, a dense one's."""
+        dense = (x.device.type, round(math.log2(len(x))), *x.shape[1:], str(x.dtype))
+        return (*dense, round(2 * math.log2(self.host.nonzeros))), dense
 
     def _measure(self, x: Tensor, plans: Plans | None) -> float:
         """Seconds of a forward and backward pass, the better of two; nothing in the model changes."""
@@ -325,6 +355,13 @@ def _cannot(host: Masking, model: nn.Module) -> str | None:
         if not plain or "weight" not in module._parameters:
             return f"layer {name} ({type(module).__name__}) computes with its weight in its own way"
     return None
+
+
+@contextlib.contextmanager
+def _exactly(device_type: str) -> Iterator[None]:
+    """Inside, results depend on rounding only: no autocast, and no cuDNN, which takes TF32 for some shapes."""
+    with torch.autocast(device_type, enabled=False), torch.backends.cudnn.flags(enabled=False):
+        yield
 
 
 def _is_norm(module: nn.Module) -> bool:

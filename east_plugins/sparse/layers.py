@@ -134,7 +134,7 @@ class LayerPlan:
         if supported(module, x):
             y = self.taps(x, values)
             return y if bias is None else y + bias.view(-1, 1, 1)
-        weight = values.new_zeros(self.shape).index_put(self.coordinates, values)
+        weight = values.new_zeros(self.shape).index_put_(self.coordinates, values)
         return F.linear(x, weight, bias) if isinstance(module, nn.Linear) else _convolve(module, x, weight, bias)
 
     def apart(self) -> LayerPlan:

@@ -390,3 +390,17 @@ def test_updates_in_a_constant_schedule_get_their_dense_gradient():
     assert all(engine.holds_gradient(name) for name in host.masks)
     train(model, host, 1, first=2)
     assert not any(engine.holds_gradient(name) for name in host.masks)
+
+
+def test_rounding_that_a_norm_blows_up_is_no_disagreement(caplog):
+    """Statistics that take large, equal parts away, as those of channels that never varied do."""
+    model = nn.Sequential(
+        nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.MaxPool2d(4), nn.Flatten(), nn.Linear(72, 5)
+    )
+    nn.init.constant_(model[0].bias, 1e6)
+    model[1].running_mean.fill_(1e6)
+    host = Masking(torch.optim.SGD(model.parameters(), 0.1), growth_mode="gradient", seed=0)
+    host.add_module(model, density=0.4)
+    engine = Engine(host, (3, 16, 16), "sparse")
+    model(torch.randn(2, 3, 16, 16))
+    assert not engine.dense and "channels" not in caplog.text
