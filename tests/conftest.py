@@ -3,6 +3,7 @@ import os
 # Tests' networks are tiny, and several test processes with OpenMP teams of their own on the same few cores spin in
 # its barriers for minutes. Set before torch is imported; child processes inherit it.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read once, at the first call: deterministic tests need it
 
 import pytest
 import torch

@@ -69,12 +69,6 @@ class PhasedActivation(nn.Module):
         self.phase = FULL
         self.register_buffer("beta", torch.ones(()))
 
-    def set_beta(self, beta: float) -> None:
-        phase = _phase(beta)
-        if phase == BLEND or phase != self.phase:
-            self.beta.fill_(beta)
-        self.phase = phase
-
     def forward(self, x: Tensor, inplace: bool = False) -> Tensor:
         y = self.act(x.clone() if inplace else x)
         if self.phase == BLEND:
@@ -220,8 +214,13 @@ class PhasedActivations:
         """
         if not 0 <= beta <= 1:
             raise UsageError(f"beta must be in [0, 1], got {beta}")
+        phase = _phase(beta)
+        moved = [site.beta for site in self.sites if phase == BLEND or phase != site.phase]
+        if moved:  # two operations for all sites
+            torch._foreach_zero_(moved)
+            torch._foreach_add_(moved, beta)
         for site in self.sites:
-            site.set_beta(beta)
+            site.phase = phase
         self.beta = beta
 
     def remove(self, optimizer: Optimizer | None = None) -> None:

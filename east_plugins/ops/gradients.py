@@ -62,7 +62,6 @@ class _Factor:
         ours = self.values
         return (ours.dtype, ours.device, ours.stride()) == (tensor.dtype, tensor.device, tensor.stride())
 
-    @torch.no_grad()
     def follow(self, mask: Tensor) -> None:
         if self._mask is None or self._mask[0]() is not mask or self._mask[1] != mask._version:
             self.values.zero_().masked_fill_(mask, 1)

@@ -46,6 +46,7 @@ def settings(part: str, args: argparse.Namespace) -> dict:
         "methods": METHODS[group], "sparsities": SPARSITIES, "seeds": args.seeds, "jobs": args.jobs,
         "out": args.out / part, "model": model, "data": "cifar10", "data_dir": str(args.out / "data"), "epochs": epochs,
         "device": "cuda" if cuda else "cpu", "amp": True, "channels_last": True, "threads": 1, "batch_size": 128,
+        "engine": "dense",  # runs that share a GPU would measure each other
     }  # fmt: skip
     if group == "dctps":  # the paper's optimizer for it, on the schedule that all have
         drops = [epochs * drop / 250 for drop in (75, 150)]

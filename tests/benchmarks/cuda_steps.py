@@ -108,6 +108,8 @@ def steps(args: argparse.Namespace) -> None:
             ready.pop(name, None)
             result["failed"][name] = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
         write(args.out, result)
+    if "dense" not in ready:
+        raise SystemExit(f"dense: {result['failed']['dense']}")
     times = {name: [] for name in ready}
     while not times["dense"] or (len(times["dense"]) < args.rounds and time.monotonic() < ends):
         for name, step in ready.items():
