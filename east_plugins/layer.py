@@ -31,12 +31,12 @@ class Layer:
     @property
     def grad(self) -> Tensor:
         """Dense gradient of the loss, all ranks averaged; raises `UsageError` where none was computed."""
-        return self._require(self.dense_grad, "gradient: call step() after loss.backward()")
+        return self._require(self.dense_grad, "gradient: declare needs=('grad',), and step after backward()")
 
     @property
     def momentum(self) -> Tensor:
         """Dense running average of gradients; raises `UsageError` before the first step."""
-        return self._require(self.dense_momentum, "momentum: register the rule with needs=('momentum',)")
+        return self._require(self.dense_momentum, "momentum: declare needs=('momentum',)")
 
     def _require(self, tensor: Tensor | None, what: str) -> Tensor:
         if tensor is None:

@@ -11,11 +11,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import registry, topology
+from . import topology
 from .errors import UsageError
 from .init.allocation import Allocation
 from .init.connected import reconnect
 from .init.weights import sparse_fan_in
+from .itop import Surface
 from .layer import Layer
 from .ops import distributed
 from .ops.active import Active, ActiveSets
@@ -24,7 +25,7 @@ from .ops.maskable import layers, maskable, modules_of, theoretical_size, unwrap
 from .ops.optimizer_state import momentum_factor, state_names, state_tensors
 from .ops.packed import PackedState
 from .ops.select import fetch
-from .rules import legacy
+from .rules.bound import bound
 from .schedules.density import Constant, check_density
 
 logger = logging.getLogger(__name__)
@@ -34,7 +35,7 @@ logger = logging.getLogger(__name__)
 PACK_BELOW = 0.1
 
 
-class Masking(legacy.Surface):
+class Masking(Surface):
     """Sparse training host with ITOP's call surface: exact counts, any device, any registered rule.
 
         mask = Masking(optimizer, death_rate=0.5, death_mode="magnitude", growth_mode="gradient",
@@ -105,12 +106,13 @@ class Masking(legacy.Surface):
         if getattr(args, "fix", False):
             self.prune_every_k_steps = None
 
-        self.needs: set[str] = set()
-        self.growth_mode, grow = self._rule("growth", growth_mode)
-        self.death_mode, prune = self._rule("pruning", death_mode)
+        self.growth_mode, grow, self.needs = bound("growth", growth_mode, self)
+        self.death_mode, prune, needs = bound("pruning", death_mode, self)
+        self.needs |= needs
         self.redistribution_mode, redistribute = "none", None
         if redistribution_mode != "none":
-            self.redistribution_mode, redistribute = self._rule("redistribution", redistribution_mode)
+            self.redistribution_mode, redistribute, needs = bound("redistribution", redistribution_mode, self)
+            self.needs |= needs
         self._rules = topology.Rules(grow, prune, redistribute, prune_scope)
 
         seed = torch.initial_seed() if seed is None else seed
@@ -161,16 +163,19 @@ class Masking(legacy.Surface):
             raise UsageError("the model has no conv or linear weights to mask")
         if self.keep_connected and input_shape is None:
             raise UsageError("keep_connected needs add_module(..., input_shape=(channels, height, width))")
-        self.schedule = self.schedule or Constant(density, self.prune_every_k_steps)
-        if not math.isclose(self.schedule.target, density):
-            raise UsageError(f"--density {density:g} differs from the schedule's target {self.schedule.target:g}")
-        self.density, self.sparse_init = density, sparse_init
-        self.input_shape = None if input_shape is None else tuple(input_shape)
-        self.weights, self.modules = weights, [module]
-        self.theoretical_size = theoretical_size(model)
-        self._final = round(density * self.theoretical_size)
-        self._allocation = Allocation(sparse_init)
-        drawn = self._allocation.draw(model, weights, self.target_nonzeros(0), self.input_shape, self.generator)
+        schedule = self.schedule or Constant(density, self.prune_every_k_steps)
+        if not math.isclose(schedule.target, density):
+            raise UsageError(f"--density {density:g} differs from the schedule's target {schedule.target:g}")
+        if not {id(p) for group in self.optimizer.param_groups for p in group["params"]} & {*map(id, weights.values())}:
+            raise UsageError("the optimizer has none of the model's conv and linear weights: is it another model's?")
+        shape = None if input_shape is None else tuple(input_shape)
+        size = theoretical_size(model)
+        final, room = round(density * size), sum(weight.numel() for weight in weights.values())
+        allocation = Allocation(sparse_init)
+        drawn = allocation.draw(model, weights, _wanted(schedule, 0, final, room), shape, self.generator)
+        self.density, self.sparse_init, self.schedule, self.input_shape = density, sparse_init, schedule, shape
+        self.weights, self.modules, self.theoretical_size, self._final = weights, [module], size, final
+        self._allocation = allocation
         masks = distributed.from_rank_0(drawn)
         self._set_masks({name: mask.to(weights[name].device) for name, mask in masks.items()})
         if weight_init == "sparse-fan-in":
@@ -195,33 +200,21 @@ class Masking(legacy.Surface):
     def target_nonzeros(self, step: int) -> int:
         """Active weights that the schedule asks for at `step`: exactly `density(step) / target` times the count
         at the target, within what the (possibly shared) tensors can hold and one weight a layer."""
-        wanted = round(self._final * (self.schedule.density(step) / self.schedule.target))
-        return min(wanted, sum(weight.numel() for weight in self.weights.values()))
+        return _wanted(self.schedule, step, self._final, sum(weight.numel() for weight in self.weights.values()))
 
     def remove_weight(self, name: str) -> None:
         """Stop masking the weight called `name` or `name.weight`; it trains densely from here on.
 
-        The other layers keep their budgets: the removed one's goes with it.
+        The other layers keep their budgets, the removed one's goes with it. Raises `UsageError` for an unknown name.
         """
         name = name if name in self.masks else f"{name}.weight"
         if name not in self.masks:
             raise UsageError(f"remove_weight: {name!r} is not masked; known: {', '.join(self.masks)}")
         self._final -= self._allocation.budgets(self.weights, self._final)[name]
-        tied = [module for _, module in layers(unwrap(self.modules[0])) if module.weight is self.weights[name]]
-        self.theoretical_size -= len(tied) * self.weights[name].numel()
+        uses = sum(module.weight is self.weights[name] for _, module in layers(unwrap(self.modules[0])))
+        self.theoretical_size -= uses * self.weights[name].numel()
         for table in (self.masks, self.fired_masks, self.weights, self.name2nonzeros, self._momentum):
             table.pop(name, None)
-
-    def remove_weight_partial_name(self, partial_name: str) -> None:
-        """Stop masking every weight whose name contains `partial_name`."""
-        for name in [name for name in self.masks if partial_name in name]:
-            self.remove_weight(name)
-
-    def remove_type(self, nn_type: type[nn.Module]) -> None:
-        """Stop masking the weights of every module of class `nn_type`."""
-        for name, module in unwrap(self.modules[0]).named_modules():
-            if isinstance(module, nn_type) and f"{name}.weight" in self.masks:
-                self.remove_weight(name)
 
     # ------------------------------------------------------------------ stepping
 
@@ -231,6 +224,8 @@ class Masking(legacy.Surface):
         `closure` is handed to the optimizer; `scaler` is a `torch.amp.GradScaler` (call its `update()` yourself,
         as ever). Returns what the optimizer's step returns.
         """
+        if not self.modules:
+            raise UsageError("step: call add_module(model, density=...) first")
         if scaler is not None:
             scaler.unscale_(self.optimizer)
         due = self._due_next
@@ -317,22 +312,6 @@ class Masking(legacy.Surface):
             self.packed.move(weight, self.active(layer.name))
         self._masked_gradients.follow(self.masks)
 
-    def fired_masks_update(self) -> tuple[dict[str, float], float]:
-        """Share of weights active at least once so far: per layer, and of all maskable ones of the unshared network, as
-        the density counts them (the ITOP rate)."""
-        for name in self.masks:
-            mask = self._mask(name)  # first: brings both to the weight's device
-            self.fired_masks[name] |= mask
-        counts = fetch([mask.sum().view(1) for mask in self.fired_masks.values()])
-        fired = {name: int(count) for name, count in zip(self.fired_masks, counts, strict=True)}
-        shares = {name: count / self.masks[name].numel() for name, count in fired.items()}
-        return shares, sum(fired.values()) / self.theoretical_size
-
-    def print_nonzero_counts(self) -> None:
-        """Log every layer's active weights (level INFO of this module's logger)."""
-        for name, count in self.name2nonzeros.items():
-            logger.info("%s: %d active, density %.6f", name, count, count / self.masks[name].numel())
-
     # ------------------------------------------------------------------ state
 
     def state_dict(self) -> dict[str, Any]:
@@ -372,20 +351,6 @@ class Masking(legacy.Surface):
         self.apply_mask()
 
     # ------------------------------------------------------------------ inside
-
-    def _rule(self, kind: str, spec: str | Callable) -> tuple[str, Callable[[Layer, int], Tensor]]:
-        """Name of a rule, and the rule as a function of layer and count; notes what it needs."""
-        if isinstance(spec, str):
-            entry = registry.BY_KIND[kind].entry(spec)
-            name, function, meta = entry.name, entry.object, entry.meta
-        else:
-            name, function, meta = getattr(spec, "__name__", str(spec)), spec, getattr(spec, "east_meta", {})
-        if legacy.is_legacy(kind, function):
-            self.needs |= {"grad", "momentum"}
-            return name, legacy.adapt(kind, function, self)
-        self.needs |= set(meta.get("needs", ()))
-        options = {option: getattr(self, option) for option in meta.get("options", ())}
-        return name, lambda layer, count: function(layer, **options)
 
     def _set_masks(self, masks: dict[str, Tensor]) -> None:
         for name, mask in masks.items():
@@ -475,3 +440,8 @@ class Masking(legacy.Surface):
         }
         old = {layer.name: mask for layer, mask in zip(layers, before, strict=True)}
         reconnect(unwrap(self.modules[0]), self.masks, old, scores, self.input_shape, self.generator)
+
+
+def _wanted(schedule: Any, step: int, final: int, room: int) -> int:
+    """Active weights at a step, from those at the schedule's target and what there is room for."""
+    return min(round(final * (schedule.density(step) / schedule.target)), room)

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from east_plugins import CosineDecay, Masking, growth, models
+from east_plugins import CosineDecay, Masking, UsageError, growth, models
 from east_plugins.activations import factory
 from east_plugins.activations.phased import PhaseOut, attach
 from east_plugins.ops import gradients
@@ -255,3 +255,50 @@ def test_itop_rate_and_density_have_one_denominator():
     share(model)
     host = host_of(model, schedule=Constant(0.05))
     assert host.fired_masks_update()[1] == pytest.approx(host.nonzeros / host.theoretical_size)
+
+
+def test_stepping_before_add_module_is_refused():
+    model = network()
+    host = Masking(torch.optim.SGD(model.parameters(), 0.1))
+    with pytest.raises(UsageError, match="add_module"):
+        host.step()
+
+
+def test_a_host_that_refused_a_density_takes_the_next():
+    model = network()
+    host = Masking(torch.optim.SGD(model.parameters(), 0.1))
+    with pytest.raises(UsageError, match="active weights"):
+        host.add_module(model, density=1e-5)
+    host.add_module(model, density=0.1)
+    assert host.nonzeros == round(0.1 * host.theoretical_size)
+
+
+def test_the_optimizer_of_another_model_is_refused():
+    host = Masking(torch.optim.SGD(network().parameters(), 0.1))
+    with pytest.raises(UsageError, match="optimizer"):
+        host.add_module(network(), density=0.1)
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [lambda layer: layer.weight.abs().mean(), lambda layer: layer.weight.flatten(1).norm(dim=1), lambda layer: None],
+    ids=["one number", "one a channel", "None"],
+)
+@pytest.mark.parametrize("kind", ["growth_mode", "death_mode"])
+def test_answers_of_rules_that_are_no_scores_are_refused(kind, answer):
+    model = network()
+    host = host_of(model, **{"growth_mode": "random", kind: answer}, update_frequency=1)
+    with pytest.raises(UsageError, match="one score for each of the"):
+        train(model, host, 1)
+
+
+def test_a_rule_that_is_no_function_is_refused():
+    with pytest.raises(UsageError, match="must be a function"):
+        host_of(network(), growth_mode="math:pi")
+
+
+def test_transposed_convolutions_get_values_for_their_own_fan_in():
+    model = nn.Sequential(nn.ConvTranspose2d(64, 4, 3), nn.Conv2d(4, 8, 3))
+    host = Masking(torch.optim.SGD(model.parameters(), 0.1), growth_mode="random", seed=0)
+    host.add_module(model, density=1.0, weight_init="sparse-fan-in")
+    assert float(model[0].weight.detach().std()) == pytest.approx((2 / (64 * 9)) ** 0.5, rel=0.05)

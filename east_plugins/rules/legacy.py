@@ -45,33 +45,3 @@ def adapt(kind: str, function: Callable, host: Any) -> Callable[[Layer, int], Te
         return function(host, layer.name, host.weights[layer.name], layer.mask)
 
     return {"growth": grow, "pruning": prune, "redistribution": redistribute}[kind]
-
-
-class Surface:
-    """What such functions call on the masking that they are given, for hosts with `weights`, `masks`, `death_rate`,
-    `name2nonzeros`, `_momentum` and `_layer` as ours."""
-
-    def get_momentum_for_weight(self, weight: Tensor) -> Tensor:
-        return self._momentum[self._name_of(weight)]
-
-    def get_gradient_for_weights(self, weight: Tensor) -> Tensor:
-        return self._layer(self._name_of(weight)).grad.clone()
-
-    @property
-    def names(self) -> list[str]:
-        return list(self.masks)
-
-    @property
-    def name2zeros(self) -> dict[str, int]:
-        return {name: mask.numel() - self.name2nonzeros[name] for name, mask in self.masks.items()}
-
-    @property
-    def prune_rate(self) -> float:
-        return self.death_rate
-
-    @property
-    def name2prune_rate(self) -> dict[str, float]:
-        return dict.fromkeys(self.masks, self.death_rate)
-
-    def _name_of(self, weight: Tensor) -> str:
-        return next(name for name, ours in self.weights.items() if ours is weight)
