@@ -78,10 +78,10 @@ def jobs(given: dict[str, Any]) -> list[Job]:
         raise UsageError(f"--sparsities must be in [0, 1), got {wrong[0]:g}")
     found = []
     for method in comparison["methods"].split(","):
-        for sparsity in sparsities if method != "dense" else [0.0]:
-            density = {} if method == "dense" else {"density": round(1 - sparsity, 12)}
+        for sparsity in [0.0] if _is_dense(method) else sparsities:
             for seed in seeds:
-                options = config.from_flags({**given, **density, "method": method, "seed": seed})
+                job = {"method": method, "density": round(1 - sparsity, 12), "seed": seed}
+                options = config.from_flags({**given, **job})
                 out = comparison["out"] / f"{method}-{sparsity:g}-seed{seed}"
                 found.append(Job(method, sparsity, seed, options, out))
     return found
@@ -162,14 +162,14 @@ def collect(summaries: Sequence[tuple[Job, dict[str, Any]]]) -> list[Row]:
 def markdown(rows: Sequence[Row]) -> str:
     """Test accuracy, mean and standard deviation over seeds, methods down and sparsities across; in brackets the
     share of the active weights that lies on a path from input to output."""
-    sparsities = sorted({row.sparsity for row in rows if row.method != "dense"})
+    sparsities = sorted({row.sparsity for row in rows if not _is_dense(row.method)})
     cells = {(row.method, row.sparsity): row for row in rows}
     head = ["method", *(f"{sparsity * 100:.6g} %" for sparsity in sparsities)]
     lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
     for method in dict.fromkeys(row.method for row in rows):
         line = [method]
         for sparsity in sparsities:
-            row = cells.get((method, 0.0 if method == "dense" else sparsity))
+            row = cells.get((method, 0.0 if _is_dense(method) else sparsity))
             line.append("" if row is None else _cell(row))
         lines.append("| " + " | ".join(line) + " |")
     return "\n".join(lines) + "\n"
@@ -219,6 +219,11 @@ def plot(rows: Sequence[Row], path: Path, chance: float) -> None:
     figure.savefig(temporary, dpi=150)
     plt.close(figure)
     os.replace(temporary, path)
+
+
+def _is_dense(method: str) -> bool:
+    """Whether the method has all weights active, tricks or not, so that it has one row at every sparsity."""
+    return method.split("+")[0] == "dense"
 
 
 def _numbers(flag: str, text: str, kind: type) -> list:

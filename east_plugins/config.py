@@ -181,18 +181,39 @@ def add_flags(parser: flags.Parser) -> None:
     east.add_flags(parser)
 
 
-def from_flags(given: Mapping[str, Any]) -> Config:
+def from_flags(given: Mapping[str, Any], method: str = Config.method) -> Config:
     """The run that parsed flags describe: method preset, then `--config`, then the flags themselves.
 
-    Raises `UsageError` for whatever cannot be: an unreadable file, a misspelt key, a value out of range.
+    `method` is that of a run for which neither file nor flags name one. Where the flags name another method than the
+    file, what the file says of its own method is left out. Raises `UsageError` for whatever cannot be: an unreadable
+    file, a misspelt key, a value out of range.
     """
     given = dict(given)
     if path := given.pop("config", None):
-        given = {**_read(path), **given}
-    values = {**split_method(given.get("method", Config.method), given.get("dctps", False)), **given}
+        given = {**_for_method(_read(path), given), **given}
+    given.setdefault("method", method)
+    values = {**split_method(given["method"], given.get("dctps", False)), **given}
     names = {field.name for field in dataclasses.fields(Config)}
     options = {name: values[name] for name in names - {"east"} if name in values}
     return Config(**options, east=east.from_flags(values))
+
+
+def _for_method(file: dict[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
+    """A file's values, where `given` names another method less those in which the two methods differ: `config.yaml`
+    holds all that its method stands for. Numbers of a trick that is on no longer go with it."""
+    if "method" not in file or given.get("method", file["method"]) == file["method"]:
+        return file
+    old, new = _preset(file["method"]), _preset(given["method"])
+    differ = {name for name in (*old, *new) if old.get(name) != new.get(name)}
+    if "density_schedule" in differ:
+        differ.add("initial_density")
+    off = tuple(f"{name}_" for name in old.keys() - new.keys() - given.keys() if name.startswith("east_"))
+    return {name: value for name, value in file.items() if name not in differ and not name.startswith(off)}
+
+
+def _preset(method: str) -> dict[str, Any]:
+    """All that a method stands for, its update frequency in Table B.1's run included."""
+    return {**split_method(method), "update_frequency": METHODS[method.split("+")[0]].get("update")}
 
 
 def _read(path: str) -> dict[str, Any]:
@@ -203,6 +224,8 @@ def _read(path: str) -> dict[str, Any]:
     content.pop("versions", None)
     arguments = flags.as_arguments(content, parser, str(path))
     try:
-        return {name: value for name, value in vars(parser.parse_args(arguments)).items() if name != "config"}
+        values = {name: value for name, value in vars(parser.parse_args(arguments)).items() if name != "config"}
+        split_method(values.get("method", Config.method))
+        return values
     except UsageError as error:
         raise UsageError(f"--config {path}: {error}") from error

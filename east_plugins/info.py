@@ -32,8 +32,7 @@ def main(argv: Sequence[str]) -> int:
     if given.get("model") == "help":
         print("\n".join([*models.names(), "torchvision:<name>"]))
         return 0
-    given.setdefault("method", "rigl")
-    options = config.from_flags(given)
+    options = config.from_flags(given, method="rigl")
     report = describe(options, classes, channels)
     if timed:
         report["latency"] = latency(options, classes, channels)

@@ -2,6 +2,7 @@ import csv
 
 import pytest
 
+from east_plugins import runs
 from east_plugins.__main__ import main
 from east_plugins.compare import Job, collect, markdown
 
@@ -29,6 +30,25 @@ def test_table_plot_and_resuming(jobs, tmp_path, capsys):
     assert compare(tmp_path, *flags, jobs) == 0
     assert {path: path.stat().st_mtime_ns for path in stamps} == stamps
     assert (tmp_path / "table.md").read_text() == table
+
+
+def test_methods_are_themselves_whatever_run_the_config_is_of(tmp_path):
+    first = "--method rigl+cyclic --density 0.2 --east-cyclic-multiplier 2 --epochs 3 --quiet --out".split()
+    assert main(["train", *TINY, *first, str(tmp_path / "first")]) == 0
+    flags = ["--config", str(tmp_path / "first" / "config.yaml"), "--methods", "set,snfs,rigl,dense,dense+dyrelu"]
+    assert main(["compare", *flags, "--sparsities", "0.9", "--out", str(tmp_path / "c")]) == 0
+    found = {folder.name: runs.read_config(folder) for folder in (tmp_path / "c").iterdir() if folder.is_dir()}
+    assert {name: (options.growth, options.density) for name, options in found.items()} == {
+        "set-0.9-seed0": ("random", 0.1), "snfs-0.9-seed0": ("momentum", 0.1), "rigl-0.9-seed0": ("gradient", 0.1),
+        "dense-0-seed0": ("random", 1.0), "dense+dyrelu-0-seed0": ("random", 1.0),
+    }  # fmt: skip
+    assert not any(options.east.cyclic for options in found.values())
+
+
+def test_dense_is_dense_whatever_density_the_config_has(tmp_path):
+    (tmp_path / "c.yaml").write_text("density: 0.3\n")
+    assert compare(tmp_path / "c", "--config", str(tmp_path / "c.yaml"), *"--methods dense --seeds 0".split()) == 0
+    assert runs.read_summary(tmp_path / "c" / "dense-0-seed0")["density"] == 1
 
 
 @pytest.mark.parametrize(

@@ -74,6 +74,32 @@ def test_flags_go_before_the_file(tmp_path):
     assert (options.method, options.epochs, options.lr_drops, options.east.dyrelu) == ("set", 9, [1, 2.5], True)
 
 
+@pytest.mark.parametrize("new", [*METHODS, "rigl+connected", "east+dctps", "set+cyclic"])
+@pytest.mark.parametrize("old", [*METHODS, "rigl+connected", "east+dctps", "set+cyclic"])
+def test_a_method_given_by_hand_is_not_that_of_the_runs_config(old, new, tmp_path):
+    options = parse(f"--method {old} --epochs 25 --lr 0.3").resolve(21)
+    (tmp_path / "c.yaml").write_text(yaml.safe_dump(options.as_dict()))
+    switched = parse(f"--config {tmp_path / 'c.yaml'} --method {new}").resolve(21)
+    assert switched == parse(f"--method {new} --epochs 25 --lr 0.3").resolve(21)
+
+
+def test_what_two_methods_have_in_common_stays_as_the_file_says(tmp_path):
+    file = tmp_path / "c.yaml"
+    file.write_text("method: rigl+cyclic+dyrelu\ndctps: true\ndensity: 0.01\nupdate-frequency: 100\n"
+                    "east-cyclic-multiplier: 3\neast-dyrelu-end: 2\n")  # fmt: skip
+    options = parse(f"--config {file} --method rigl+cyclic")
+    assert (options.dctps, options.density, options.update_frequency) == (True, 0.01, 100)
+    assert options.east.cyclic_multiplier == 3 and not options.east.dyrelu and options.east.dyrelu_end is None
+    assert parse(f"--config {file} --method set --east-cyclic").east.cyclic_multiplier == 3
+    assert parse(f"--config {file} --method set").update_frequency is None
+
+
+def test_a_file_that_names_no_method_keeps_all_its_keys(tmp_path):
+    (tmp_path / "c.yaml").write_text("growth: random\nupdate-frequency: 9\neast-cyclic: true\n")
+    options = parse(f"--config {tmp_path / 'c.yaml'} --method rigl")
+    assert (options.growth, options.update_frequency, options.east.cyclic) == ("random", 9, True)
+
+
 def test_itop_spellings_are_taken():
     options = parse("--update_frequency 7 --sparse_init uniform --death-rate 0.3 --l2 0.5 --batch_size 9")
     assert (options.update_frequency, options.sparse_init) == (7, "uniform")
@@ -87,6 +113,7 @@ def test_itop_spellings_are_taken():
         ("epochs: many", "--epochs: invalid int"),
         ("- 1\n- 2", "must hold keys and values"),
         ("a: [", "cannot be read as YAML"),
+        ("method: rigel", "did you mean rigl"),
     ],
 )
 def test_wrong_files_are_named(text, words, tmp_path):

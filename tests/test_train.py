@@ -202,6 +202,15 @@ def test_info_prints_one_object(capsys):
     assert report["nonzeros"] == round(0.0005 * report["maskable"]) >= report["effective_density"] * report["maskable"]
 
 
+def test_info_describes_the_method_of_its_config(tmp_path, capsys):
+    shared = []
+    for line in ("method: rigl+share", "method: rigl", "east-share: true"):
+        (tmp_path / "c.yaml").write_text(f"{line}\nmodel: resnet20\nwidth: 4\ndensity: 0.05\n")
+        assert main(["info", "--config", str(tmp_path / "c.yaml"), "--json"]) == 0
+        shared.append(json.loads(capsys.readouterr().out)["parameters"])
+    assert shared[0] == shared[2] < shared[1]
+
+
 def test_bench_reports_ratios(capsys):
     common = ["--model", "cnn", "--density", "0.05", "--repeats", "2", "--json"]
     for what, ratio in (
