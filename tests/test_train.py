@@ -111,6 +111,8 @@ def test_every_method_ends_at_its_density(method, tmp_path):
     summary = runs.read_summary(tmp_path / "r")
     wanted = 1.0 if method == "dense" else 0.05
     assert summary["nonzeros"] == round(wanted * summary["maskable"])
+    if method == "gmp":
+        assert {line["death_rate"] for line in runs.read_metrics(tmp_path / "r")} == {0}, "it prunes only"
     if method in ("dense", "static"):
         assert summary["itop_rate"] == pytest.approx(wanted, abs=1e-3)
     else:

@@ -14,7 +14,10 @@ from ..registry import rate as registry
 
 @dataclass(frozen=True)
 class RateDecay:
-    """`initial` at step 0, `final` from step `steps` on. Raises `UsageError` for a rate outside [0, 1]."""
+    """`initial` at step 0, `final`, or `initial` where that is lower, from step `steps` on: a rate of 0 stays 0.
+
+    Raises `UsageError` for a rate outside [0, 1].
+    """
 
     initial: float
     steps: int
@@ -26,6 +29,7 @@ class RateDecay:
                 raise UsageError(f"--death-rate must be in [0, 1], got {value}")
         if self.steps < 1:
             raise UsageError(f"the death rate needs at least 1 step to decay over, got {self.steps}")
+        object.__setattr__(self, "final", min(self.final, self.initial))
 
     def fraction(self, step: int) -> float:
         """Part of the decay that is over, in [0, 1]."""

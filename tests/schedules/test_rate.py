@@ -9,12 +9,20 @@ from east_plugins.errors import UsageError
 from east_plugins.registry import rate
 
 
-@given(st.sampled_from(["cosine", "linear", "constant"]), st.floats(0.01, 1), st.integers(1, 1000))
+@given(st.sampled_from(["cosine", "linear", "constant"]), st.floats(0, 1), st.integers(1, 1000))
 def test_starts_at_the_first_rate_and_never_rises(name, first, steps):
     decay = rate.get(name)(first, steps, final=0.005)
     values = [decay(step) for step in range(0, 2 * steps + 3, max(1, steps // 20))]
     assert values[0] == pytest.approx(first)
     assert values == sorted(values, reverse=True)
+
+
+def test_a_rate_below_the_last_one_stays():
+    # half a cosine from 0 to 0.005 made gradual pruning regrow weights
+    assert {rate.get(name)(0.0, 100)(step) for name in rate.names() for step in (0, 50, 100, 200)} == {0.0}
+    decay = CosineDecay(0.001, 100)
+    decay.steps = 100
+    assert decay.get_dr() == pytest.approx(0.001)
 
 
 def test_cosine_equation_and_no_rise_past_its_end():
