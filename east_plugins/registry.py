@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import inspect
 from collections.abc import Callable, Iterable
@@ -40,14 +41,20 @@ class Registry:
     def register(self, name: str, *, help: str | None = None, source: str | None = None, **meta) -> Callable:
         """Decorator that registers an object under `name`; `help` defaults to its docstring's first line.
 
-        Raises `DuplicateNameError` where the name is taken.
+        `meta` is added to the object's `east_meta`, so that it is known however the object is found. Raises
+        `DuplicateNameError` where the name is another object's.
         """
 
         def add(obj):
             key = _key(name)
-            if key in self._entries:
-                raise DuplicateNameError(f"{self.kind} {name!r} is registered already by {self._entries[key].source}")
-            self._entries[key] = _entry(name, obj, help, source, meta)
+            known = self._entries.get(key)
+            if known and known.object is not obj:
+                raise DuplicateNameError(f"{self.kind} {name!r} is registered already by {known.source}")
+            declared = {**getattr(obj, "east_meta", {}), **meta}
+            if meta:
+                with contextlib.suppress(AttributeError, TypeError):  # a built-in's, or a bound method's
+                    obj.east_meta = declared
+            self._entries[key] = _entry(name, obj, help, source, declared)
             return obj
 
         return add

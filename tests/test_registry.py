@@ -57,6 +57,43 @@ def test_a_rule_says_what_it_needs_wherever_it_is_found(monkeypatch):
     assert growth.entry("needy:rule").meta == {"needs": ("momentum",)}
 
 
+RULE = """
+from east_plugins.registry import growth
+
+@growth.register("{name}", needs=("grad",))
+def {name}(layer):
+    '''Largest gradient among weights that were never active.'''
+    return layer.grad.abs() * ~layer.fired
+"""
+
+
+def test_a_registered_rule_is_given_its_gradient_by_module_and_attribute(tmp_path, monkeypatch):
+    import torch
+    from torch import nn
+
+    (tmp_path / "rules_of_the_readme.py").write_text(RULE.format(name="gradient_to_unfired"))
+    monkeypatch.syspath_prepend(tmp_path)
+    model = nn.Linear(10, 10)
+    rule = "rules_of_the_readme:gradient_to_unfired"
+    host = Masking(torch.optim.SGD(model.parameters(), 0.1), growth_mode=rule, death_rate=0.5, update_frequency=1)
+    host.add_module(model, density=0.1)
+    model(torch.ones(1, 10)).sum().backward()
+    host.step()
+    assert growth.get(rule).east_meta == growth.entry("gradient_to_unfired").meta == {"needs": ("grad",)}
+
+
+def test_a_registered_rule_can_be_an_entry_point_of_its_own_name(tmp_path, monkeypatch):
+    (tmp_path / "packaged.py").write_text(RULE.format(name="packaged_rule"))
+    info = tmp_path / "packaged-1.0.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: packaged\nVersion: 1.0\n")
+    (info / "entry_points.txt").write_text("[east_plugins.growth]\npackaged_rule = packaged:packaged_rule\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    fresh = Registry("growth", [])
+    monkeypatch.setattr("east_plugins.registry.growth", fresh)
+    assert fresh.entry("packaged_rule").meta == {"needs": ("grad",)}
+
+
 def test_every_plugin_has_a_line_of_help():
     for registry in ALL:
         assert registry.names()
