@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import Tensor
 
-from . import flags, runs
+from . import data, flags, runs
 from .analysis.signals import gradient_norms, positive_preactivations
 from .analysis.similarity import jaccard
 from .errors import UsageError
@@ -24,8 +24,8 @@ def main(argv: Sequence[str]) -> int:
     )
     parser.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="folder of a finished run")
     parser.add_argument("--data-dir", metavar="DIR", help="folder of the test images (default: each run's)")
-    parser.add_argument("--images", type=int, default=256, metavar="N", help="test images to measure with "
-                        "(default: 256)")  # fmt: skip
+    parser.add_argument("--images", type=int, default=256, metavar="N", help="test images to measure with, "
+                        "drawn at random, the same for all runs (default: 256)")  # fmt: skip
     parser.add_argument("--layers", action="store_true", help="a table of layers for each run, too")
     parser.add_argument("--json", action="store_true", help="one JSON object in place of the tables")
     args = parser.parse_args(argv)
@@ -39,8 +39,8 @@ def main(argv: Sequence[str]) -> int:
 def analyze(folders: Sequence[Path], images: int = 256, data_dir: str | None = None) -> dict[str, Any]:
     """One entry a run, and the similarity of every pair of masks of one network (None for others).
 
-    Gradients are of the cross-entropy over the first `images` test images, with batch statistics; pre-activations are
-    those in evaluation. Raises `UsageError` for a folder without a finished run.
+    Gradients are of the cross-entropy over `images` test images, drawn at random but the same for all runs, with batch
+    statistics; pre-activations are those in evaluation. Raises `UsageError` for a folder without a finished run.
     """
     loaded = [runs.load_run(folder) for folder in folders]
     batches: dict[tuple, tuple[Tensor, Tensor]] = {}
@@ -49,7 +49,7 @@ def analyze(folders: Sequence[Path], images: int = 256, data_dir: str | None = N
         options = dataclasses.replace(run.config, data_dir=data_dir) if data_dir else run.config
         source = options.data, options.data_dir, options.image_size
         if source not in batches:
-            batches[source] = next(runs.load_data(options).test.batches(images))
+            batches[source] = next(data.sample(runs.load_data(options).test, images).batches(images))
         measured.append(_measure(run, *batches[source]))
     return {
         "images": images,

@@ -207,6 +207,13 @@ def load(
     return Data(name, num_classes, *_on_disk(kept, held_out, test, image_size or 224))
 
 
+def sample(images: Images | ImageFiles, count: int) -> Images | ImageFiles:
+    """`count` of the images at random, the same ones at every call; all where there are fewer."""
+    content = "images" if isinstance(images, Images) else "paths"
+    kept, labels = _some((getattr(images, content), images.labels), count)
+    return dataclasses.replace(images, labels=labels, **{content: kept})
+
+
 def names() -> list[str]:
     return list(SOURCES)
 

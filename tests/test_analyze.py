@@ -3,6 +3,7 @@
 import json
 
 import pytest
+from PIL import Image
 
 from east_plugins.__main__ import main
 
@@ -39,6 +40,24 @@ def test_runs_are_measured_and_compared(folders, capsys):
     assert all(same[i][i] == 1 for i in range(4)) and 0 < same[0][1] == same[1][0] < 0.5
     assert same[0][2] is None, "another width is another network"
     assert {path: path.stat().st_mtime_ns for path in folders.rglob("*")} == before, "nothing is written"
+
+
+@pytest.mark.parametrize("pixels", [16, 80], ids=["in memory", "on disk"])
+def test_images_are_of_all_classes_where_the_data_is_sorted_by_them(pixels, tmp_path, capsys, monkeypatch):
+    for i in range(40):
+        folder = tmp_path / "data" / ("test" if i < 20 else "train") / ("cat" if i % 2 else "dog")
+        folder.mkdir(parents=True, exist_ok=True)
+        Image.new("L", (pixels, pixels), 5 * i).save(folder / f"{i}.png")
+    data = f"--data folder --data-dir {tmp_path / 'data'} --image-size {pixels} --engine dense --epochs 1 --out".split()
+    for name in ("a", "b"):
+        assert main(["train", *TRAIN, "--method", "rigl", "--seed", str(ord(name)), *data, str(tmp_path / name)]) == 0
+    labels = []
+    monkeypatch.setattr(
+        "east_plugins.analyze.gradient_norms",
+        lambda model, masks, x, y: labels.append(y.tolist()) or dict.fromkeys(masks, 0.0),
+    )
+    code, *_ = analyze(capsys, tmp_path / "a", tmp_path / "b", "--images", 10)
+    assert code == 0 and len(labels[0]) == 10 and {0, 1} == set(labels[0]) and labels[0] == labels[1]
 
 
 def test_tables_for_people(folders, capsys):
