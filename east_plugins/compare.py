@@ -45,9 +45,9 @@ class Row:
         return statistics.fmean(self.accuracies)
 
     @property
-    def spread(self) -> float:
-        """Standard deviation over seeds; 0 for one seed."""
-        return statistics.stdev(self.accuracies) if len(self.accuracies) > 1 else 0.0
+    def spread(self) -> float | None:
+        """Standard deviation over seeds; None for one seed."""
+        return statistics.stdev(self.accuracies) if len(self.accuracies) > 1 else None
 
 
 def add_flags(parser: flags.Parser) -> None:
@@ -71,13 +71,17 @@ def jobs(given: dict[str, Any]) -> list[Job]:
     threads = given.setdefault("threads", max(1, (os.cpu_count() or 1) // comparison["jobs"]))
     if threads < 1:
         raise UsageError(f"--threads must be at least 1, got {threads}")
+    methods = comparison["methods"].split(",")
     sparsities = _numbers("--sparsities", comparison["sparsities"], float)
     seeds = _numbers("--seeds", comparison["seeds"], int)
     wrong = [s for s in sparsities if not 0 <= s < 1]
     if wrong:
         raise UsageError(f"--sparsities must be in [0, 1), got {wrong[0]:g}")
+    for name, values in (("methods", methods), ("sparsities", [f"{s:g}" for s in sparsities]), ("seeds", seeds)):
+        if twice := [value for i, value in enumerate(values) if value in values[:i]]:
+            raise UsageError(f"--{name} must differ, got {twice[0]} twice")
     found = []
-    for method in comparison["methods"].split(","):
+    for method in methods:
         for sparsity in [0.0] if _is_dense(method) else sparsities:
             for seed in seeds:
                 job = {"method": method, "density": round(1 - sparsity, 12), "seed": seed}
@@ -162,7 +166,7 @@ def collect(summaries: Sequence[tuple[Job, dict[str, Any]]]) -> list[Row]:
 def markdown(rows: Sequence[Row]) -> str:
     """Test accuracy, mean and standard deviation over seeds, methods down and sparsities across; in brackets the
     share of the active weights that lies on a path from input to output."""
-    sparsities = sorted({row.sparsity for row in rows if not _is_dense(row.method)})
+    sparsities = sorted({row.sparsity for row in rows if not _is_dense(row.method)}) or [0.0]
     cells = {(row.method, row.sparsity): row for row in rows}
     head = ["method", *(f"{sparsity * 100:.6g} %" for sparsity in sparsities)]
     lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
@@ -176,17 +180,18 @@ def markdown(rows: Sequence[Row]) -> str:
 
 
 def _cell(row: Row) -> str:
-    spread = f" +- {100 * row.spread:.1f}" if len(row.accuracies) > 1 else ""
+    spread = "" if row.spread is None else f" +- {100 * row.spread:.1f}"
     return f"{100 * row.mean:.1f}{spread} ({statistics.fmean(row.effective):.0%})"
 
 
 def as_csv(rows: Sequence[Row]) -> str:
-    """One line a method and sparsity, accuracies as fractions of 1."""
+    """One line a method and sparsity, accuracies as fractions of 1; `std` is empty for one seed."""
     text = io.StringIO()
     writer = csv.writer(text)
     writer.writerow(["method", "sparsity", "mean", "std", "seeds", "on_path", "accuracies"])
     for row in rows:
-        values = [f"{row.mean:.6f}", f"{row.spread:.6f}", len(row.accuracies), f"{statistics.fmean(row.effective):.6f}"]
+        spread = "" if row.spread is None else f"{row.spread:.6f}"
+        values = [f"{row.mean:.6f}", spread, len(row.accuracies), f"{statistics.fmean(row.effective):.6f}"]
         writer.writerow([row.method, row.sparsity, *values, " ".join(f"{a:.6f}" for a in row.accuracies)])
     return text.getvalue()
 

@@ -51,13 +51,27 @@ def test_dense_is_dense_whatever_density_the_config_has(tmp_path):
     assert runs.read_summary(tmp_path / "c" / "dense-0-seed0")["density"] == 1
 
 
+def test_dense_alone_has_a_table_too_and_one_seed_no_deviation(tmp_path, capsys):
+    assert compare(tmp_path, *"--methods dense --epochs 1".split()) == 0
+    head, _, line = (tmp_path / "table.md").read_text().splitlines()
+    accuracy = runs.read_summary(tmp_path / "dense-0-seed0")["test_accuracy"]
+    assert head == "| method | 0 % |" and line == f"| dense | {100 * accuracy:.1f} (100%) |"
+    with open(tmp_path / "table.csv") as file:
+        assert [row["std"] for row in csv.DictReader(file)] == [""]
+
+
 @pytest.mark.parametrize(
     "flags, words",
     [
         ("--methods set,rigel", "did you mean rigl"),
         ("--sparsities 1", "--sparsities"),
+        ("--sparsities nan,nan", "--sparsities must be in [0, 1), got nan"),
         ("--sparsities some", "--sparsities must be numbers"),
         ("--seeds 1.5", "--seeds must be numbers"),
+        ("--seeds 0,1,0", "--seeds must differ, got 0 twice"),
+        ("--methods set,rigl,set", "--methods must differ, got set twice"),
+        ("--sparsities 0.9,0.90", "--sparsities must differ, got 0.9 twice"),
+        ("--sparsities 0.99999991,0.99999992", "--sparsities must differ, got 1 twice"),
         ("--jobs 0", "--jobs"),
         ("--density 0.1", "--density cannot be given"),
     ],
