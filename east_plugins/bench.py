@@ -100,8 +100,10 @@ def main(argv: Sequence[str]) -> int:
     add("--itop", type=Path, metavar="DIR", help="checkout of ITOP, to time its host beside ours")
     add("--json", action="store_true", help="one JSON object in place of the table")
     args = parser.parse_args(argv[1:])
-    if args.repeats < 1:
-        raise UsageError(f"--repeats must be at least 1, got {args.repeats}")
+    for name in ("repeats", "threads", "classes", "batch_size"):
+        value = getattr(args, name, None)
+        if value is not None and value < 1:
+            raise UsageError(f"--{name.replace('_', '-')} must be at least 1, got {value}")
     if args.threads:
         torch.set_num_threads(args.threads)
     if args.device == "cpu":

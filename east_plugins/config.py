@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import math
 from collections.abc import Mapping
@@ -40,7 +41,10 @@ DENSITY_SCHEDULES = ("constant", "gradual", "one-shot")
 
 def _epochs(text: str) -> list[float]:
     """`75,150` as numbers; `none` as no epoch at all."""
-    return [] if text in ("", "none") else [float(part) for part in text.split(",")]
+    try:
+        return [] if text in ("", "none") else [float(part) for part in text.split(",")]
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"must be epochs joined by commas, or none, got {text!r}") from None
 
 
 @dataclass(frozen=True)
@@ -105,18 +109,31 @@ class Config:
     east: EastOptions = EastOptions()
 
     def __post_init__(self):
-        if self.density is not None:
-            check_density(self.density)
+        self._check_numbers()
+        self._check_names()
+        if self.nesterov and not (self.optimizer == "sgd" and self.momentum > 0):
+            raise UsageError(f"--nesterov needs --optimizer sgd and --momentum over 0, got {self.optimizer} and "
+                             f"{self.momentum:g}")  # fmt: skip
+
+    def _check_numbers(self) -> None:
+        for name in ("density", "initial_density"):
+            if getattr(self, name) is not None:
+                check_density(getattr(self, name), f"--{name.replace('_', '-')}")
         positive = ("epochs", "batch_size", "update_frequency", "width", "limit", "image_size", "threads")
         for name in positive:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise UsageError(f"--{name.replace('_', '-')} must be at least 1, got {value}")
-        ranges = dict(lr=(0, math.inf), momentum=(0, 1), weight_decay=(0, math.inf), death_rate=(0, 1))
+        ranges = dict(lr=(0, 1e6), momentum=(0, 1), weight_decay=(0, 1e6), death_rate=(0, 1), seed=(-2**63, 2**64 - 1))
         for name, (low, high) in ranges.items():
             value = getattr(self, name)
-            if value is not None and not low <= value <= high or value == math.inf:
+            if value is not None and not low <= value <= high:
                 raise UsageError(f"--{name.replace('_', '-')} must be in [{low}, {high}], got {value}")
+        for epoch in self.lr_drops or ():
+            if not 0 <= epoch < math.inf:
+                raise UsageError(f"--lr-drops must be epochs from 0 on, got {epoch}")
+
+    def _check_names(self) -> None:
         for name, kind in (("growth", "growth"), ("death", "pruning"), ("redistribution", "redistribution"),
                            ("sparse_init", "allocation"), ("decay_schedule", "rate")):
             value = getattr(self, name)
@@ -145,7 +162,7 @@ class Config:
             values["update_frequency"] = scaled_steps(preset["update"], total)
         filled = {name: value for name, value in values.items() if getattr(self, name) is None}
         config = dataclasses.replace(self, **filled)
-        first_drop = config.lr_drops[0] if config.lr_drops else None
+        first_drop = min(config.lr_drops, default=None)
         return dataclasses.replace(config, east=config.east.resolve(self.epochs, steps_per_epoch, first_drop))
 
     def as_dict(self) -> dict[str, Any]:

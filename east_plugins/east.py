@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -60,7 +59,7 @@ class EastOptions:
     def __post_init__(self):
         for name, low in (("cyclic_length", 0), ("dyrelu_start", -1), ("dyrelu_end", -1)):
             value = getattr(self, name)
-            if value is not None and not low < value < math.inf:
+            if value is not None and not low < value < 1e9:
                 raise UsageError(f"{flag(name)} must be a number of epochs, got {value}")
         if self.cyclic_pattern not in PATTERNS:
             allowed = ", ".join(PATTERNS)

@@ -88,7 +88,7 @@ class Trainer:
             self.model.to(memory_format=torch.channels_last)
         self.phased = self._phased()
         self.optimizer = _optimizer(options, self.model)
-        milestones = [round(epoch * self.steps_per_epoch) for epoch in options.lr_drops]
+        milestones = [round(min(epoch, options.epochs) * self.steps_per_epoch) for epoch in options.lr_drops]
         self.scheduler = torch.optim.lr_scheduler.MultiStepLR(self.optimizer, milestones, gamma=0.1)
         self.host = self._host()
         self.engine = Engine(self.host, self.data.input_shape, options.engine)

@@ -100,6 +100,10 @@ def test_a_file_that_names_no_method_keeps_all_its_keys(tmp_path):
     assert (options.growth, options.update_frequency, options.east.cyclic) == ("random", 9, True)
 
 
+def test_the_phase_out_ends_before_the_first_drop_in_whatever_order():
+    assert parse("--method east --lr-drops 10,5").resolve(21).east.dyrelu_end == pytest.approx(5 * 74 / 75)
+
+
 def test_itop_spellings_are_taken():
     options = parse("--update_frequency 7 --sparse_init uniform --death-rate 0.3 --l2 0.5 --batch_size 9")
     assert (options.update_frequency, options.sparse_init) == (7, "uniform")
@@ -132,6 +136,19 @@ def test_wrong_files_are_named(text, words, tmp_path):
         ("--epochs 0", "--epochs must be at least 1"),
         ("--epochs x", "--epochs: invalid int"),
         ("--lr -1", "--lr"),
+        ("--lr nan", r"--lr must be in \[0, 1000000"),
+        ("--lr 1e308", "--lr"),
+        ("--weight-decay inf", "--weight-decay"),
+        ("--seed 100000000000000000000", "--seed"),
+        ("--lr-drops nan", "--lr-drops must be epochs from 0 on, got nan"),
+        ("--lr-drops 3,inf", "--lr-drops"),
+        ("--lr-drops=-1", "--lr-drops"),
+        ("--lr-drops 3,x", "--lr-drops: must be epochs joined by commas"),
+        ("--initial-density nan", r"--initial-density must be in \(0, 1\]"),
+        ("--method granet --initial-density 1.5", "--initial-density"),
+        ("--nesterov --momentum 0", "--nesterov needs --optimizer sgd and --momentum over 0, got sgd and 0"),
+        ("--nesterov --optimizer adam", "--nesterov needs"),
+        ("--east-cyclic --east-cyclic-length 1e308", "--east-cyclic-length must be a number of epochs"),
         ("--method rigel", "did you mean rigl"),
         ("--method rigl+dyrulu", "did you mean dyrelu"),
         ("--growth gradeint", "did you mean gradient"),

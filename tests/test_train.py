@@ -122,16 +122,19 @@ def test_every_method_ends_at_its_density(method, tmp_path):
 @pytest.mark.parametrize(
     # eight channels: oneDNN's strided 1x1 convolutions in channels-last overrun their memory under eight (torch 2.13)
     "flags",
-    ["--optimizer adam --amp", "--optimizer adamw --channels-last --width 8 --east-dyrelu-type mish"],
+    ["--optimizer adam --amp", "--optimizer adamw --channels-last --width 8 --east-dyrelu-type mish",
+     "--method rigl --lr-drops 1.5,1e308"],
 )
 def test_other_optimizers_precision_and_layout(flags, tmp_path):
-    assert train(tmp_path / "r", *flags.split(), "--epochs", "2", "--lr-drops", "1.5") == 0
+    assert train(tmp_path / "r", "--epochs", "2", "--lr-drops", "1.5", *flags.split()) == 0
 
 
 @pytest.mark.parametrize(
     "flags, words",
     [
         ("--density 1.5", "--density"),
+        ("--nesterov --momentum 0", "--nesterov needs"),
+        ("--lr-drops nan", "--lr-drops"),
         ("--growth gradeint", "--growth: unknown growth 'gradeint'; did you mean gradient"),
         ("--method rigl --east-cyclic --east-cyclic-length 9", "--east-cyclic-length"),
         ("--method rigl --east-cyclic --east-cyclic-multiplier 30", "--east-cyclic-multiplier"),
@@ -227,6 +230,13 @@ def test_bench_reports_ratios(capsys):
             assert 0 < 5 * ours["optimizer_state"] < masked["optimizer_state"]
             assert ours["kept_for_backward"] > 0
         assert {"name", "median_ms", "min_ms", "max_ms"} == set(report["rows"][0])
+
+
+@pytest.mark.parametrize("flag", ["--batch-size", "--classes", "--threads", "--repeats"])
+def test_bench_refuses_what_cannot_be_counted(flag, capsys):
+    for value in ("0", "-1"):
+        assert main(["bench", "step", "--model", "cnn", flag, value]) == 2
+        assert capsys.readouterr().err == f"east_plugins: {flag} must be at least 1, got {value}\n"
 
 
 @pytest.mark.parametrize(
