@@ -114,6 +114,9 @@ class Config:
         if self.nesterov and not (self.optimizer == "sgd" and self.momentum > 0):
             raise UsageError(f"--nesterov needs --optimizer sgd and --momentum over 0, got {self.optimizer} and "
                              f"{self.momentum:g}")  # fmt: skip
+        if self.east.cyclic and self.density_schedule not in (None, "constant"):
+            raise UsageError(f"--method {self.method}: --east-cyclic and --density-schedule {self.density_schedule} "
+                             "both set the density over time; allowed with cycles is constant")  # fmt: skip
 
     def _check_numbers(self) -> None:
         for name in ("density", "initial_density"):

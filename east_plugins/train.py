@@ -143,7 +143,7 @@ class Trainer:
         options, end = self.options, self.total_steps
         frequency = None if options.static else options.update_frequency
         initial = {} if options.initial_density is None else {"initial": options.initial_density}
-        if options.density_schedule in (None, "constant") or options.east.cyclic:
+        if options.density_schedule in (None, "constant"):
             return options.east.density_schedule(options.density, self.steps_per_epoch, frequency, end)
         if options.density_schedule == "one-shot":
             return OneShot(options.density, stop=max(1, end // 2), **initial)

@@ -64,6 +64,7 @@ def test_dense_alone_has_a_table_too_and_one_seed_no_deviation(tmp_path, capsys)
     "flags, words",
     [
         ("--methods set,rigel", "did you mean rigl"),
+        ("--methods set,granet+cyclic", "--density-schedule gradual"),
         ("--sparsities 1", "--sparsities"),
         ("--sparsities nan,nan", "--sparsities must be in [0, 1), got nan"),
         ("--sparsities some", "--sparsities must be numbers"),
