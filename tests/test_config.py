@@ -200,6 +200,14 @@ def test_every_shipped_config_can_be_read_and_resolved(path):
     assert options.update_frequency >= 1 and options.lr > 0
 
 
+def test_every_method_and_shipped_config_is_documented():
+    root = Path(__file__).parents[1]
+    methods = (root / "README.md").read_text().partition("\nMethods: ")[2].partition(";")[0]
+    assert methods.replace("`", "").split(", ") == list(METHODS)
+    table = (root / "configs" / "README.md").read_text()
+    assert not [path.name for path in (root / "configs").glob("*.yaml") if f"`{path.name}`" not in table]
+
+
 def test_dctps_rows_are_the_papers():
     # Table B.1: Adam 1e-3, 200 epochs, wd 5e-4, n 2, l 50, m 3, every 100 steps in and after the cycles
     configs = Path(__file__).parents[1] / "configs"
