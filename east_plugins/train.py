@@ -288,6 +288,7 @@ class Trainer:
                 "totals": {name: float(value) for name, value in self.totals.items()},
                 "seconds": self.seconds,
                 "rng": torch.get_rng_state(),
+                "cuda_rng": torch.cuda.get_rng_state(self.device) if self.device.type == "cuda" else None,
             },
         )
 
@@ -307,6 +308,9 @@ class Trainer:
             setattr(self, name, state[name])
         self.epoch_generator = state["epoch_generator"].cpu()
         torch.set_rng_state(state["rng"].cpu())
+        cuda_rng = state.get("cuda_rng")
+        if self.device.type == "cuda" and cuda_rng is not None:  # a run may go on on another device
+            torch.cuda.set_rng_state(cuda_rng.cpu(), self.device)
         _cut_metrics(self.out / runs.METRICS, self.epoch)
 
 

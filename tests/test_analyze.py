@@ -7,7 +7,8 @@ from PIL import Image
 
 from east_plugins.__main__ import main
 
-TRAIN = "--model resnet20 --width 4 --data digits --limit 64 --epochs 2 --density 0.2 --quiet --threads 1".split()
+TRAIN = "--model resnet20 --width 4 --data digits --limit 64 --epochs 2 --density 0.2".split()
+TRAIN += "--threads 1 --device cpu --quiet".split()
 
 
 @pytest.fixture(scope="module")

@@ -6,7 +6,7 @@ from east_plugins import runs
 from east_plugins.__main__ import main
 from east_plugins.compare import Job, collect, markdown
 
-TINY = "--data digits --limit 120 --model cnn --width 4 --batch-size 60 --epochs 2".split()
+TINY = "--data digits --limit 120 --model cnn --width 4 --batch-size 60 --epochs 2 --device cpu".split()
 
 
 def compare(out, *flags):

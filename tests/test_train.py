@@ -13,11 +13,13 @@ import yaml
 
 from east_plugins import runs
 from east_plugins.__main__ import main
+from east_plugins.config import from_flags
 from east_plugins.errors import UsageError
+from east_plugins.train import Trainer
 
-# the engine `auto` may choose otherwise the second time
+# runs are compared bit for bit: on the CPU, and not with the engine `auto`, which may choose otherwise the second time
 TINY = "--data digits --limit 160 --model resnet20 --width 4 --batch-size 32 --density 0.05 --engine sparse".split()
-TINY += "--threads 1 --quiet".split()
+TINY += "--threads 1 --device cpu --quiet".split()
 KEYS = {
     "method", "model", "data", "input_shape", "density", "nonzeros", "maskable", "parameters", "test_accuracy",
     "best_validation_accuracy", "itop_rate", "steps", "epochs", "seconds", "weights_sha256", "effective_density",
@@ -185,6 +187,35 @@ def test_damaged_runs_are_refused_in_one_line(east_run, tmp_path):
 def test_checkpoints_hold_plain_values_only(east_run):
     state = torch.load(east_run / "checkpoint.pt", weights_only=True)
     assert {"model", "optimizer", "scheduler", "host", "best", "epoch", "rng"} <= set(state)
+
+
+def trainer_on(device, out):
+    options = from_flags({"model": "cnn", "method": "rigl", "density": 0.2, "limit": 60, "epochs": 1, "device": device})
+    return Trainer(options, out)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_a_resumed_run_draws_the_same_numbers_on_cuda(tmp_path):
+    trainer = trainer_on("cuda", tmp_path)
+    torch.cuda.manual_seed(5)
+    trainer.save()
+    runs.write_config(tmp_path, trainer.options)
+    drawn = torch.rand(3, device="cuda")
+    trainer_on("cuda", tmp_path).restore()
+    assert torch.equal(torch.rand(3, device="cuda"), drawn)
+
+
+def test_checkpoints_hold_the_random_state_of_a_cuda_device(tmp_path, monkeypatch):
+    trainer, state, restored = trainer_on("cpu", tmp_path), torch.arange(16, dtype=torch.uint8), []
+    runs.write_config(tmp_path, trainer.options)
+    trainer.device = torch.device("cuda", 1)
+    monkeypatch.setattr(torch.cuda, "get_rng_state", lambda device: state)
+    monkeypatch.setattr(torch.cuda, "set_rng_state", lambda *args: restored.append(args))
+    trainer.save()
+    load = runs.load_checkpoint
+    monkeypatch.setattr(runs, "load_checkpoint", lambda path, device: load(path))
+    trainer.restore()
+    assert torch.equal(restored[0][0], state) and restored[0][1] == trainer.device
 
 
 def test_commands_and_help(capsys):

@@ -17,8 +17,9 @@ FORMATS = ["c", "onnx", "safetensors"]
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
     folder = tmp_path_factory.mktemp("runs") / "east"
-    flags = "--data digits --limit 160 --model resnet20 --width 4 --batch-size 32 --density 0.1 --threads 1 --quiet"
-    assert main(["train", *flags.split(), "--epochs", "3", "--method", "east+connected", "--out", str(folder)]) == 0
+    flags = "--data digits --limit 160 --model resnet20 --width 4 --batch-size 32 --density 0.1 --epochs 3 --threads 1"
+    flags += " --device cpu --method east+connected --quiet"
+    assert main(["train", *flags.split(), "--out", str(folder)]) == 0
     return folder
 
 
@@ -124,8 +125,8 @@ def test_an_unsupported_layer_is_refused(tmp_path, capsys, monkeypatch):
     )
     monkeypatch.syspath_prepend(tmp_path)
     folder, out = tmp_path / "run", tmp_path / "out"
-    flags = "--data digits --limit 64 --model resnet20 --width 4 --epochs 1 --density 0.1 --method rigl --quiet"
-    assert main(["train", *flags.split(), "--transform", "mine:gated", "--out", str(folder)]) == 0
+    flags = "--data digits --limit 64 --model resnet20 --width 4 --epochs 1 --density 0.1 --method rigl --device cpu"
+    assert main(["train", *flags.split(), "--quiet", "--transform", "mine:gated", "--out", str(folder)]) == 0
     capsys.readouterr()
     for format in ("c", "onnx"):
         error = refused(capsys, "export", folder, "--format", format, "--out", out)
