@@ -22,7 +22,7 @@ class Progress:
 
     def __enter__(self) -> Progress:
         trainer = self.trainer
-        self.writer = _summary_writer(trainer.out, trainer.host.steps)
+        self.writer = _summary_writer(trainer.out, trainer.epoch + 1)
         if not self.quiet and sys.stderr.isatty() and (tqdm := _tqdm()):
             self.bar = tqdm(
                 total=trainer.total_steps, initial=trainer.host.steps, unit="step", desc=trainer.options.method,
@@ -77,9 +77,10 @@ def _tqdm():
     return tqdm
 
 
-def _summary_writer(folder, steps: int):
+def _summary_writer(folder, epoch: int):
+    """A writer whose scalars from `epoch` on stand in place of those that a killed run has left there."""
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError:
         return None
-    return SummaryWriter(folder, purge_step=steps or None)
+    return SummaryWriter(folder, purge_step=epoch)

@@ -30,6 +30,8 @@ from .sparse import Engine
 
 logger = logging.getLogger(__name__)
 
+SAVE_EVERY = 30.0  #: seconds, at the least, between checkpoints at ends of epochs: a short epoch is not spent on them
+
 
 class Interrupted(EastError):
     """Ctrl-C was pressed; the run's state is saved."""
@@ -98,6 +100,7 @@ class Trainer:
         self.totals = {"loss": 0.0, "correct": 0.0, "images": 0}
         self.best: dict[str, Any] | None = None
         self.seconds = 0.0
+        self.saved = time.monotonic()
 
     def _phased(self):
         east = self.options.east
@@ -152,7 +155,8 @@ class Trainer:
     # ------------------------------------------------------------------ training
 
     def run_epoch(self, interrupt: dict[str, bool], progress: Progress) -> None:
-        """One epoch, or what is left of it after `restore`; evaluates, logs and saves at its end."""
+        """One epoch, or what is left of it after `restore`; evaluates and logs at its end, and saves where the last
+        checkpoint is old or the run is over."""
         options, began = self.options, time.monotonic()
         self.generator.set_state(self.epoch_generator)
         batches = self.data.train.batches(options.batch_size, self.generator, options.channels_last)
@@ -173,9 +177,10 @@ class Trainer:
         self.seconds += time.monotonic() - began
         line["seconds"] = round(self.seconds, 2)
         self.totals = {"loss": 0.0, "correct": 0.0, "images": 0}
-        self.save()
         with open(self.out / runs.METRICS, "a") as file:
             file.write(json.dumps(line) + "\n")
+        if self.epoch == options.epochs or time.monotonic() - self.saved >= SAVE_EVERY:
+            self.save()
         progress.epoch(line)
 
     def _step(self, x: torch.Tensor, y: torch.Tensor) -> None:
@@ -291,10 +296,13 @@ class Trainer:
                 "cuda_rng": torch.cuda.get_rng_state(self.device) if self.device.type == "cuda" else None,
             },
         )
+        self.saved = time.monotonic()
 
     def restore(self) -> None:
-        """Take up the checkpoint in `out`, if there is one. Raises `UsageError` where it is another run's."""
+        """Take up the checkpoint in `out`; without one the run begins anew. Raises `UsageError` where it is another
+        run's."""
         if not (self.out / runs.CHECKPOINT).exists():
+            _cut_metrics(self.out / runs.METRICS, 0)
             return
         _check_same(self.out, self.options)
         state = runs.load_checkpoint(self.out / runs.CHECKPOINT, self.device)
@@ -317,8 +325,7 @@ class Trainer:
 def _cut_metrics(path: Path, epochs: int) -> None:
     """Drop lines of epochs that the checkpoint does not know."""
     if path.exists():
-        lines = [line for line in path.read_text().splitlines() if json.loads(line)["epoch"] <= epochs]
-        runs.write_atomically(path, "".join(line + "\n" for line in lines))
+        runs.write_atomically(path, "".join(line + "\n" for line in path.read_text().splitlines()[:epochs]))
 
 
 def _optimizer(options: Config, model: nn.Module) -> torch.optim.Optimizer:

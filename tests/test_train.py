@@ -15,6 +15,7 @@ from east_plugins import runs
 from east_plugins.__main__ import main
 from east_plugins.config import from_flags
 from east_plugins.errors import UsageError
+from east_plugins.progress import Progress
 from east_plugins.train import Trainer
 
 # runs are compared bit for bit: on the CPU, and not with the engine `auto`, which may choose otherwise the second time
@@ -95,6 +96,42 @@ def test_an_interrupted_run_saves_and_goes_on_bit_for_bit(east_run, tmp_path):
     assert train(out, "--epochs", "6", "--resume") == 0
     assert runs.read_summary(out)["weights_sha256"] == runs.read_summary(east_run)["weights_sha256"]
     assert [line["epoch"] for line in runs.read_metrics(out)] == [1, 2, 3, 4, 5, 6]
+
+
+@pytest.mark.parametrize("saved", [None, 2])
+def test_a_killed_run_goes_on_from_its_last_checkpoint(saved, east_run, tmp_path, monkeypatch):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    out, report = tmp_path / "killed", Progress.epoch
+
+    def killed(progress, line):
+        report(progress, line)
+        if line["epoch"] == saved:
+            monkeypatch.setattr("east_plugins.train.SAVE_EVERY", 1000)
+        if line["epoch"] == 4:
+            raise MemoryError
+
+    monkeypatch.setattr("east_plugins.train.SAVE_EVERY", 0 if saved else 1000)
+    with monkeypatch.context() as patch, pytest.raises(MemoryError):
+        patch.setattr(Progress, "epoch", killed)
+        train(out, "--epochs", "6")
+    assert len(runs.read_metrics(out)) == 4 and (out / "checkpoint.pt").exists() == bool(saved)
+    with open(out / "metrics.jsonl", "a") as file:
+        file.write('{"epoch": 5, "lo')
+    assert train(out, "--epochs", "6", "--resume") == 0
+    assert runs.read_summary(out)["weights_sha256"] == runs.read_summary(east_run)["weights_sha256"]
+    assert [line["epoch"] for line in runs.read_metrics(out)] == [1, 2, 3, 4, 5, 6]
+    events = EventAccumulator(str(out)).Reload()
+    assert [event.step for event in events.Scalars("loss")] == [1, 2, 3, 4, 5, 6]
+
+
+@pytest.mark.parametrize("seconds, checkpoints", [(30, 1), (0, 3)])
+def test_short_epochs_share_a_checkpoint(seconds, checkpoints, tmp_path, monkeypatch):
+    saved, save = [], runs.save_checkpoint
+    monkeypatch.setattr(runs, "save_checkpoint", lambda path, state: saved.append(state["epoch"]) or save(path, state))
+    monkeypatch.setattr("east_plugins.train.SAVE_EVERY", seconds)
+    assert train(tmp_path / "r", "--method", "static", "--epochs", "3") == 0
+    assert saved[-1] == 3 and len(saved) == checkpoints
 
 
 def test_resuming_a_finished_run_only_reads_it(east_run):

@@ -156,7 +156,7 @@ def _ended(job: compare.Job, code: int) -> None:
 
 
 def _stop(running: dict[compare.Job, subprocess.Popen]) -> None:
-    """Have runs save themselves; what has not ended in time is killed and goes on from its last epoch."""
+    """Have runs save themselves; what has not ended in time is killed and goes on from its last checkpoint."""
     for process in running.values():
         process.send_signal(signal.SIGINT)
     ends = time.monotonic() + SAVING
