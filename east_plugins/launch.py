@@ -74,7 +74,8 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
 def activate(args: argparse.Namespace) -> None:
     """For a script that has `add_flags` in its source: attach EAST to the host it builds from here on.
 
-    Does nothing where none of the flags is given. Exits with 2 and one line for flags that cannot be.
+    Does nothing where none of the flags is given, or under `run`, which has attached EAST already. Exits with 2 and
+    one line for flags that cannot be.
     """
     given = {name: value for name, value in vars(args).items() if name.split("_")[0] == "east"}
     if not given:
@@ -113,6 +114,7 @@ def main(argv: Sequence[str]) -> int:
         stack.enter_context(shims.installed(given.pop("east_compat", None), folder))
         activation = Activation(given, ours=frozenset(sys.modules) - {"__main__"}) if given else None
         if activation:
+            stack.enter_context(_replaced(sys.modules[__name__], "activate", lambda args: None))  # of a patched script
             stack.callback(activation.uninstall)
             activation.install()
         try:

@@ -313,8 +313,9 @@ PATCHED = (
 )
 
 
-@pytest.mark.parametrize("host", ["itop", "rigl"])
-def test_patched_and_launched_runs_give_the_same_masks(capsys, tmp_path, host):
+@pytest.fixture
+def patched(tmp_path):
+    """The script with the flags in its source, `main.py` in the working folder."""
     for name in ("main.py", "others.py", "sparselearning/__init__.py", "sparselearning/core.py"):
         path = tmp_path / name
         path.parent.mkdir(exist_ok=True)
@@ -324,6 +325,11 @@ def test_patched_and_launched_runs_give_the_same_masks(capsys, tmp_path, host):
         assert source.count(line) == 1
         source = source.replace(line, line + added)
     (tmp_path / "main.py").write_text(source)
+
+
+@pytest.mark.parametrize("host", ["itop", "rigl"])
+@pytest.mark.usefixtures("patched")
+def test_patched_and_launched_runs_give_the_same_masks(capsys, host):
     given = ["--sparse", "--host", host, "--east", "--east-state"]
     code, out, _ = plainly("-W", "ignore", "main.py", *given, "patched.pt")
     assert code == 0
@@ -334,3 +340,13 @@ def test_patched_and_launched_runs_give_the_same_masks(capsys, tmp_path, host):
         assert all(torch.equal(mask, launched[kind][name]) for name, mask in patched[kind].items())
     code, out, error = plainly("main.py", "--sparse", "--east-cyclic-length", "1")
     assert (code, error) == (2, "east_plugins: --east-cyclic-length needs --east-cyclic\n")
+
+
+@pytest.mark.parametrize("host", HOSTS)
+@pytest.mark.usefixtures("patched")
+def test_a_patched_script_can_be_launched_too(capsys, host):
+    """EAST is attached once, by `run`: same numbers as the unpatched script."""
+    given = ["--sparse", "--host", host, "--east"]
+    code, out, said = run(capsys, *given, script="main.py")
+    assert code == 0 and said.count("attached to") == 1
+    assert out == run(capsys, *given)[1]
