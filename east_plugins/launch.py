@@ -264,7 +264,10 @@ class Activation:
         self._undo.close()
 
     def close(self) -> None:
-        """At the end of the run: write the state where it is asked for."""
+        """At the end of the run: write the state where it is asked for, and say what did not come to its end."""
+        for attachment in self.attachments:
+            if attachment.started and not attachment.finished:
+                logger.warning("%s; check --east-epochs", attachment.shortfall())
         hosted = [attachment for attachment in self.attachments if attachment.started and attachment.adapter]
         if self.run.state and hosted:
             torch.save(hosted[-1].state_dict(), self.run.state)

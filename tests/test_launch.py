@@ -210,6 +210,29 @@ def test_a_best_checkpoint_of_the_finished_network_counts(capsys):
     assert "east" not in "".join(torch.load("best.pt"))
 
 
+BETA = "activations at beta 0.67, not plain ReLUs"
+
+
+@pytest.mark.parametrize(
+    ("host", "tricks", "left"),
+    [
+        *((host, ["cyclic"], r"density 0\.\d+, not the target 0\.08") for host in HOSTS[:3]),  # rigl refuses
+        ("itop", ["dyrelu"], BETA),
+        ("none", ["dyrelu"], BETA),
+        ("itop", ["cyclic", "dyrelu"], rf"density 0\.\d+, not the target 0\.08 and {BETA}"),
+    ],
+)
+def test_a_script_that_ends_before_its_time_is_told(capsys, host, tricks, left):
+    sparse = [] if host == "none" else ["--sparse", "--host", host]
+    given = [*sparse, *(f"--east-{trick}" for trick in tricks)]
+    assert "the script ended" not in run(capsys, *given)[2]
+    phase = ["--east-dyrelu-start", "1", "--east-dyrelu-end", "4"] if "dyrelu" in tricks else []
+    code, _, said = run(capsys, *given, *phase, "--epochs", "2", "--east-epochs", "10")
+    told = [line for line in said.splitlines() if "the script ended" in line]
+    assert code == 0 and len(told) == 1
+    assert re.search(f"the script ended at step 20 of 100 with {left}; check --east-epochs$", told[0])
+
+
 # ------------------------------------------------------------------ refusals, before training
 
 

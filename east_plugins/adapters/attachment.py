@@ -50,6 +50,7 @@ class Attachment:
         self.phased: PhasedActivations | None = None
         self.cycle: Cyclic | None = None
         self.borrowed = 0
+        self.length: Length | None = None
         self.started = self.finished = False
         self._on_masks: tuple[Length | None, Sequence[int] | None] | None = None
         self._steps = 0
@@ -99,7 +100,7 @@ class Attachment:
         if self.adapter and self.model is None:
             self._on_masks = (length, input_shape)
             return
-        options = self.options
+        options, self.length = self.options, length
         if length is not None:
             options = options.resolve(length.epochs, length.steps_per_epoch, length.first_drop)
         if distributed.active() and (options.dyrelu or options.share):
@@ -190,11 +191,14 @@ class Attachment:
             self.adapter.resize(budgets, self.generator, grow=False)
             yield sum(budgets.values())
             self.adapter.resize(budgets, self.generator)
-            masks = self.adapter.masks.values()
-            active = sum(int(mask.sum()) for mask in masks) + self.adapter.dense
-            size = sum(mask.numel() for mask in masks) + self.adapter.dense + self.borrowed
-            logger.info("step %d: %d active weights, density %.6g", self.steps, active, active / size)
+            logger.info("step %d: %d active weights, density %.6g", self.steps, *self._counted())
         self.adapter.note_fired()
+
+    def _counted(self) -> tuple[int, float]:
+        """Active weights, and what they are of the unshared network's."""
+        masks = self.adapter.masks.values()
+        active = sum(int(mask.sum()) for mask in masks) + self.adapter.dense
+        return active, active / (sum(mask.numel() for mask in masks) + self.adapter.dense + self.borrowed)
 
     def _budgets(self) -> dict[str, int]:
         masks, density = self.adapter.masks, self.cycle.density(self.steps) / self.cycle.target
@@ -222,6 +226,15 @@ class Attachment:
 
     def _at_target(self) -> bool:
         return (self.cycle is None or self.steps >= self.cycle.close) and (self.phased is None or self.phased.beta == 0)
+
+    def shortfall(self) -> str:
+        """Where a network that is not `finished` was left."""
+        left = []
+        if self.cycle and self.steps < self.cycle.close:
+            left.append(f"density {self._counted()[1]:.2g}, not the target {self.cycle.target:g}")
+        if self.phased and self.phased.beta > 0:
+            left.append(f"activations at beta {self.phased.beta:.2g}, not plain ReLUs")
+        return f"the script ended at step {self.steps} of {self.length.steps} with {' and '.join(left)}"
 
     # ------------------------------------------------------------------ state
 
