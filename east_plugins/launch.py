@@ -122,6 +122,10 @@ def main(argv: Sequence[str]) -> int:
                 runpy.run_module(script[0], run_name="__main__", alter_sys=True)
             else:
                 _run_script(script[0])
+        except KeyboardInterrupt:
+            if activation:
+                activation.close()
+            raise
         except SystemExit as end:
             if end.code not in (None, 0):
                 raise
@@ -221,6 +225,7 @@ class Activation:
         self.options = east.from_flags(given)
         names = (field for field in RunOptions.__dataclass_fields__ if f"east_{field}" in given)
         self.run = RunOptions(**{name: given[f"east_{name}"] for name in names})
+        self._state = None if self.run.state is None else _writable(self.run.state)
         self.namespace: Any = None
         self.attachments: list[adapters.Attachment] = []
         self._optimizers: list[weakref.ref[Optimizer]] = []
@@ -269,8 +274,8 @@ class Activation:
             if attachment.started and not attachment.finished:
                 logger.warning("%s; check --east-epochs", attachment.shortfall())
         hosted = [attachment for attachment in self.attachments if attachment.started and attachment.adapter]
-        if self.run.state and hosted:
-            torch.save(hosted[-1].state_dict(), self.run.state)
+        if self._state and hosted:
+            torch.save(hosted[-1].state_dict(), self._state)
 
     def check_used(self, script: str) -> None:
         """Raise `UsageError` where the script is over and nothing was attached."""
@@ -362,6 +367,14 @@ class Activation:
         attachment.model, attachment.optimizer = model, optimizer
         self.attachments.append(attachment)
         return attachment
+
+
+def _writable(state: str) -> Path:
+    """The file of `--east-state`, found again should the script change folders."""
+    path = Path(state).absolute()
+    if path.is_dir() or not path.parent.is_dir() or not os.access(path if path.exists() else path.parent, os.W_OK):
+        raise UsageError(f"--east-state {state!r} cannot be written; allowed is a file in a folder that exists")
+    return path
 
 
 @contextlib.contextmanager

@@ -233,6 +233,27 @@ def test_a_script_that_ends_before_its_time_is_told(capsys, host, tricks, left):
     assert re.search(f"the script ended at step 20 of 100 with {left}; check --east-epochs$", told[0])
 
 
+# ------------------------------------------------------------------ the state that is saved
+
+
+def test_the_state_is_saved_where_it_was_asked_for_and_on_ctrl_c(capsys, tmp_path):
+    lines = OWN.format(host="import os; from east_plugins import CosineDecay, Masking")
+    step = "        print(mask.steps"
+    assert step in lines
+    stop = "        os.chdir('/')\n        if mask.steps == 6: raise KeyboardInterrupt\n"
+    Path("s.py").write_text(lines.replace(step, stop + step))
+    code, out, _ = run(capsys, "--east-cyclic", "--east-state", "state.pt", script="s.py")
+    assert code == 130 and len(out.splitlines()) == 5
+    assert torch.load(tmp_path / "state.pt")["steps"] == 6
+
+
+@pytest.mark.parametrize("file", ["nowhere/state.pt", ".", ""])
+def test_a_state_that_cannot_be_written_is_refused_before_the_script_starts(capsys, file):
+    code, out, said = run(capsys, "--sparse", "--east-share", f"--east-state={file}")
+    assert (code, out) == (2, "") and len(said.splitlines()) == 1
+    assert f"--east-state {file!r} cannot be written; allowed is" in said
+
+
 # ------------------------------------------------------------------ refusals, before training
 
 
