@@ -17,6 +17,7 @@ import importlib.abc
 import importlib.util
 import inspect
 import logging
+import math
 import os
 import runpy
 import sys
@@ -63,6 +64,12 @@ class RunOptions:
     state: str | None = option(
         None, "file to save the last masks, fired weights and step to; torch.load reads it", metavar="FILE"
     )
+
+    def __post_init__(self):
+        if self.epochs is not None and not 0 < self.epochs < math.inf:
+            raise UsageError(f"--east-epochs must be over 0, got {self.epochs:g}")
+        if self.steps_per_epoch is not None and self.steps_per_epoch < 1:
+            raise UsageError(f"--east-steps-per-epoch must be at least 1, got {self.steps_per_epoch}")
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:

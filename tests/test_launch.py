@@ -267,6 +267,8 @@ def test_a_state_that_cannot_be_written_is_refused_before_the_script_starts(caps
         (["--sparse", "--host", "rigl", "--east-cyclic", "--east-cyclic-length", "1.6"], "last step, 30"),
         (["--sparse", "--east-dyrelu", "--east-dyrelu-end", "9"], "--east-dyrelu-end 9 lies after the last of 4"),
         (["--sparse", "--east-cyclic-length", "1"], "--east-cyclic-length needs --east-cyclic"),
+        *((["--sparse", "--east-cyclic", f"--east-epochs={x}"], "--east-epochs must") for x in (-1, 0, "nan", "inf")),
+        *((["--sparse", "--east-cyclic", f"--east-steps-per-epoch={n}"], "--east-steps-per-epoch m") for n in (0, -3)),
         (["--sparse", "--east-cylcic"], "--east-cylcic"),
         (["--sparse", "--east-host", "mine"], "--east-host"),
         (["--sparse", "--east-compat=nimpy"], "did you mean numpy"),
