@@ -32,7 +32,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from . import adapters, east, flags, itop, shims
+from . import activations, adapters, east, flags, itop, shims
 from .adapters.base import Driven
 from .adapters.length import observe
 from .errors import UsageError
@@ -230,6 +230,7 @@ class Activation:
         self.ours = ours
         self.given = dict(given)
         self.options = east.from_flags(given)
+        _check_activation(self.options)
         names = (field for field in RunOptions.__dataclass_fields__ if f"east_{field}" in given)
         self.run = RunOptions(**{name: given[f"east_{name}"] for name in names})
         self._state = None if self.run.state is None else _writable(self.run.state)
@@ -374,6 +375,15 @@ class Activation:
         attachment.model, attachment.optimizer = model, optimizer
         self.attachments.append(attachment)
         return attachment
+
+
+def _check_activation(options: east.EastOptions) -> None:
+    if not options.dyrelu or options.dyrelu_type.startswith("__main__:"):  # not there before the script runs
+        return
+    try:
+        activations.factory(options.dyrelu_type, reduction=options.dyrelu_reduction)
+    except UsageError as error:
+        raise UsageError(f"--east-dyrelu-type: {error}") from error
 
 
 def _writable(state: str) -> Path:

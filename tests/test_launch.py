@@ -298,6 +298,28 @@ def test_a_script_without_a_known_host_is_refused(capsys, lines, message):
     assert (code, out) == (2, "") and message in said
 
 
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--east-dyrelu-type", "foo"], "--east-dyrelu-type: unknown activation 'foo'"),
+        (["--east-dyrelu-type", "no_such_module:act"], "activation 'no_such_module:act' cannot be imported"),
+        (["--east-dyrelu-type", "swish", "--east-dyrelu-reduction", "2"], "activation 'swish' (--east-dyrelu-type)"),
+    ],
+)
+def test_an_unknown_activation_is_refused_before_the_script_starts(capsys, arguments, message):
+    code, out, said = run(capsys, "--sparse", "--east-dyrelu", *arguments)
+    assert (code, out) == (2, "") and len(said.splitlines()) == 1 and message in said
+
+
+def test_an_activation_of_the_script_or_beside_it_is_found(capsys):
+    factory = "def act(channels): return torch.nn.PReLU(channels)\n"
+    Path("east_test_module.py").write_text("import torch\n" + factory)
+    Path("s.py").write_text(OWN.format(host=factory + "from east_plugins import CosineDecay, Masking"))
+    for module in ("__main__", "east_test_module"):
+        code, _, said = run(capsys, "--east-dyrelu", f"--east-dyrelu-type={module}:act", script="s.py")
+        assert code == 0 and "1 activations" in said
+
+
 @pytest.mark.parametrize("arguments", [[], ["--module"], ["missing.py"], ["--sparse", SCRIPT]])
 def test_a_missing_script_is_refused(capsys, arguments):
     assert command_line.main(["run", *arguments]) == 2
