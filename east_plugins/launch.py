@@ -16,6 +16,7 @@ import functools
 import importlib.abc
 import importlib.util
 import inspect
+import itertools
 import logging
 import math
 import os
@@ -146,8 +147,17 @@ def main(argv: Sequence[str]) -> int:
 
 
 def split(argv: Sequence[str], parser: argparse.ArgumentParser) -> tuple[list[str], list[str]]:
-    """The `--east-*` flags with their values, and everything else in its order."""
+    """The `--east-*` flags with their values, and everything else in its order.
+
+    Raises `UsageError` for `--east-compat NAME`, whose name would be handed to the script.
+    """
     mine, rest = [], []
+    for flag, word in itertools.pairwise(itertools.takewhile("--".__ne__, argv)):
+        if flag == "--east-compat" and shims.SHIMS.keys() >= set(word.split(",")):
+            raise UsageError(
+                f"--east-compat {word}: write --east-compat={word}, or where {word} is an argument of the script's, "
+                "put it before --east-compat"
+            )
     tokens = iter(argv)
     for token in tokens:
         name = token.partition("=")[0]

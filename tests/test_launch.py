@@ -80,6 +80,12 @@ def test_classes_of_the_script_can_be_pickled_and_its_module_is_main(capsys):
     assert run(capsys, script="s.py")[:2] == (0, "True __main__\n")
 
 
+def test_a_word_before_east_compat_is_the_scripts(capsys):
+    Path("s.py").write_text("import sys; print(sys.argv[1:])")
+    given = ["cuda", "--east-compat", "--", "--east-compat", "cuda"]
+    assert run(capsys, *given, script="s.py")[:2] == (0, "['cuda', '--', '--east-compat', 'cuda']\n")
+
+
 def test_help_shows_the_scripts_own_and_easts_flags(capsys):
     with pytest.raises(SystemExit) as end:
         main([SCRIPT, "--help"])
@@ -271,6 +277,8 @@ def test_a_state_that_cannot_be_written_is_refused_before_the_script_starts(caps
         *((["--sparse", "--east-cyclic", f"--east-steps-per-epoch={n}"], "--east-steps-per-epoch m") for n in (0, -3)),
         (["--sparse", "--east-cylcic"], "--east-cylcic"),
         (["--sparse", "--east-host", "mine"], "--east-host"),
+        (["--east-compat", "cuda", "--sparse"], "--east-compat cuda: write --east-compat=cuda, or"),
+        (["--sparse", "--east-compat", "data,path"], "write --east-compat=data,path"),
         (["--sparse", "--east-compat=nimpy"], "did you mean numpy"),
     ],
 )
