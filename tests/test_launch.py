@@ -205,7 +205,8 @@ def test_a_best_checkpoint_from_before_does_not_count(capsys, host, flag):
     final, test, copied = (number(rf"{name}: (\S+)", out)[0] for name in ("final", "test", "copy"))
     assert final == test == copied
     assert number(r"final: \S+ density (\S+)", out) == number(r"test: \S+ density (\S+)", out)
-    assert "checkpoint of step 10" in said and "copy of an unfinished network" in said
+    assert "checkpoint of step 10 is of an unfinished network" in said and "copy of an unfinished network" in said
+    assert ("target density" in said, "plain ReLUs" in said) == (flag != "--east-dyrelu", flag != "--east-cyclic")
 
 
 def test_a_best_checkpoint_of_the_finished_network_counts(capsys):

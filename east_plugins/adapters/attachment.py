@@ -222,7 +222,8 @@ class Attachment:
         if not self.finished and self._at_target():
             self.finished = True
             self._finish()
-            logger.info("step %d: target density, plain ReLUs; checkpoints count from here on", self.steps)
+            reached = ["target density"] * bool(self.cycle) + ["plain ReLUs"] * bool(self.phased)
+            logger.info("step %d: %s; checkpoints count from here on", self.steps, ", ".join(reached))
 
     def _at_target(self) -> bool:
         return (self.cycle is None or self.steps >= self.cycle.close) and (self.phased is None or self.phased.beta == 0)

@@ -62,9 +62,7 @@ def _keep_the_finished(module: nn.Module, state_dict, prefix, *_) -> None:
         for name in [name for name in state_dict if "east_activations." in name and name not in own]:
             del state_dict[name]
         return
-    logger.warning(
-        "the checkpoint of step %d is not of the target density with plain ReLUs: the finished network is kept", step
-    )
+    logger.warning("the checkpoint of step %d is of an unfinished network: the finished network is kept", step)
     for name in [name for name in state_dict if name.startswith(prefix)]:
         del state_dict[name]
     state_dict.update(own)
