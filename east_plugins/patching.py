@@ -77,15 +77,23 @@ def patches() -> list[Patch]:
 def changed(checkout: Path, reverse: bool = False) -> dict[Path, bytes]:
     """New contents of the files that the patches of this checkout change, or with `reverse` change back.
 
-    Raises `UsageError` where no patch is for this checkout, where a file differs from the one that its patch was
-    made for, is patched already, or with `reverse` is not patched.
+    Raises `UsageError` where no patch is for this checkout or it lies inside one, where a file differs from the one
+    that its patch was made for, is patched already, or with `reverse` is not patched.
     """
     known = patches()
-    here = [patch for patch in known if (checkout / patch.marker).is_file() and (checkout / patch.file).is_file()]
+    here = _belonging(checkout, known)
+    above = [] if (checkout / ".git").exists() else [*checkout.resolve().parents][::-1]
+    if root := next((folder for folder in above if _belonging(folder, known)), None):  # CIFAR of GraNet looks like ITOP
+        raise UsageError(f"patch: {checkout} lies inside {root}; CHECKOUT is the root of the repository")
     if not here:
         names = ", ".join(sorted({patch.repository for patch in known}))
         raise UsageError(f"patch: {checkout} is no checkout that a patch is for; there are patches for {names}")
     return {checkout / patch.file: _changed(checkout / patch.file, patch, reverse) for patch in here}
+
+
+def _belonging(folder: Path, known: Sequence[Patch]) -> list[Patch]:
+    """The patches that a checkout in this folder has the files for."""
+    return [patch for patch in known if (folder / patch.marker).is_file() and (folder / patch.file).is_file()]
 
 
 def _changed(path: Path, patch: Patch, reverse: bool) -> bytes:

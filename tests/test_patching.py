@@ -147,6 +147,30 @@ def test_a_folder_that_is_no_checkout_is_refused(tmp_path, capsys):
     assert "CHECKOUT" in refused(capsys)
 
 
+@pytest.mark.parametrize("inside", ["deep", "deep/er"])
+def test_a_folder_inside_a_checkout_is_refused(checkout, capsys, monkeypatch, inside):
+    """Even where it looks like the root of another repository, as GraNet/CIFAR does."""
+    folder = checkout / inside
+    folder.mkdir(exist_ok=True)
+    (folder / "look.py").write_bytes(b"")
+    known = [*patching.patches(), dataclasses.replace(patching.patches()[0], file="look.py", marker="look.py")]
+    monkeypatch.setattr(patching, "patches", lambda: known)
+    before = contents(checkout)
+    assert refused(capsys, folder).endswith(f"lies inside {checkout}; CHECKOUT is the root of the repository")
+    monkeypatch.chdir(folder)
+    assert "CHECKOUT is the root" in refused(capsys, "--reverse", ".")
+    assert contents(checkout) == before
+
+
+def test_a_repository_inside_another_is_patched(checkout, capsys):
+    inner = checkout / "inner"
+    (inner / "deep").mkdir(parents=True)
+    (inner / ".git").touch()
+    for name in ("main.py", "deep/main.py"):
+        (inner / name).write_bytes((checkout / name).read_bytes())
+    assert main(["patch", str(inner)]) == 0
+
+
 @given(
     lines=st.lists(st.sampled_from([b"a\n", b"b\r\n", b"\n", b"east\n", b"c\r"]), max_size=12),
     last=st.sampled_from([b"", b"end"]),
