@@ -101,11 +101,14 @@ class EastOptions:
         """The density schedule of resolved options; `frequency` and `end` as in `schedules.density`."""
         if not self.cyclic:
             return Constant(target, frequency, end)
+        length = self.cyclic_length * steps_per_epoch
+        if length == math.inf:
+            raise UsageError(f"{flag('cyclic_length')} must be a number of epochs of the run, got {self.cyclic_length}")
         return Cyclic(
             target,
             multiplier=self.cyclic_multiplier,
             cycles=self.cyclic_cycles,
-            length=max(2, round(self.cyclic_length * steps_per_epoch)),
+            length=max(2, round(length)),
             length_mult=self.cyclic_length_mult,
             pattern=self.cyclic_pattern,
             cyclic_frequency=self.cyclic_update_frequency,

@@ -85,9 +85,16 @@ class Cyclic:
                 f"--east-cyclic-multiplier {self.multiplier:g} takes the density {self.target:g} to "
                 f"{self.target * self.multiplier:g}; allowed is at most {1 / self.target:g}"
             )
-        if self.close >= self.end:
+        try:
+            close = float(self.close)
+        except OverflowError:
             raise UsageError(
-                f"--east-cyclic-length: {self.cycles} cycles close at step {self.close}; "
+                f"--east-cyclic-length-mult {self.length_mult:g}: {self.cycles} such cycles never close; "
+                f"allowed is before training's last step, {self.end:g}"
+            ) from None
+        if close >= self.end:
+            raise UsageError(
+                f"--east-cyclic-length: {self.cycles} cycles close at step {close:.12g}; "
                 f"allowed is before training's last step, {self.end:g}"
             )
 
