@@ -14,7 +14,7 @@ from typing import Any
 
 from . import flags
 from .activations.phased import PhaseOut
-from .errors import UnknownNameError, UsageError
+from .errors import UsageError
 from .flags import option, read_yaml
 from .schedules.density import PATTERNS, Constant, Cyclic
 
@@ -165,10 +165,18 @@ def from_values(values: Mapping[str, Any]) -> EastOptions:
 
 
 def _read_file(path: str) -> dict[str, Any]:
-    names = {field.name for field in dataclasses.fields(EastOptions)}
+    """Option names to values, as their flags would give them; a switch may be false as well."""
+    parser = flags.Parser(add_help=False)
+    flags.add_flags(parser, EastOptions)
+    switches = {field.name for field in dataclasses.fields(EastOptions) if field.type == "bool"}
     content = read_yaml(path, "--east-config")
-    values = {str(key).replace("-", "_").removeprefix("east_"): value for key, value in content.items()}
-    for name in values:
-        if name not in names:
-            raise UnknownNameError(f"key in {path}", name, names)
-    return values
+    content = {str(key).replace("-", "_").removeprefix("east_"): value for key, value in content.items()}
+    arguments = flags.as_arguments(content, parser, path)
+    for key in switches & content.keys():
+        if not isinstance(content[key], bool | None):
+            raise UsageError(f"--east-config {path}: {key} must be true or false, got {content[key]!r}")
+    try:
+        given = vars(parser.parse_args(arguments))
+    except UsageError as error:
+        raise UsageError(f"--east-config {path}: {str(error).removeprefix('--')}") from error
+    return {**given, **{key: False for key in switches if content.get(key) is False}}

@@ -312,6 +312,34 @@ def test_a_script_without_a_known_host_is_refused(capsys, lines, message):
 
 
 @pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("cyclic_multiplier: abc", "cyclic-multiplier: invalid float value: 'abc'"),
+        ("cyclic-cycles: 1.5", "cyclic-cycles: invalid int value: '1.5'"),
+        ("cyclic_length: [1, 2]", "cyclic-length: invalid float value: '1,2'"),
+        ("cyclic_length: true", "cyclic-length: expected one argument"),
+        ("dyrelu_end: abc", "dyrelu-end: invalid float value: 'abc'"),
+        ("cyclic_pattern: saw", "cyclic-pattern: invalid choice: 'saw'"),
+        ("dyrelu: 'false'", "dyrelu must be true or false, got 'false'"),
+        ("share: 1", "share must be true or false, got 1"),
+        ("cylcic: true", "did you mean cyclic"),
+    ],
+)
+def test_a_config_file_is_read_as_flags_are(capsys, line, message):
+    Path("e.yaml").write_text(f"cyclic: true\neast-dyrelu: true\n{line}\n")
+    code, out, said = run(capsys, "--sparse", "--east-config", "e.yaml")
+    assert (code, out) == (2, "") and len(said.splitlines()) == 1
+    assert "e.yaml" in said and message in said
+
+
+def test_false_in_a_config_file_switches_off_and_flags_go_before_it(capsys):
+    Path("e.yaml").write_text("cyclic: false\nshare: true\nshare-from: 1\ncyclic-length: null\n")
+    said = run(capsys, "--sparse", "--east", "--east-config", "e.yaml")[2]
+    assert "activations" in said and "in cycles" not in said and "2,304 weights shared" in said
+    assert "in cycles" in run(capsys, "--sparse", "--east-cyclic", "--east-config", "e.yaml", "--epochs", "4")[2]
+
+
+@pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (["--east-dyrelu-type", "foo"], "--east-dyrelu-type: unknown activation 'foo'"),
