@@ -232,9 +232,9 @@ class Attachment:
         """Where a network that is not `finished` was left."""
         left = []
         if self.cycle and self.steps < self.cycle.close:
-            left.append(f"density {self._counted()[1]:.2g}, not the target {self.cycle.target:g}")
+            left.append(f"density {self._counted()[1]:.2g} inside a cycle (target {self.cycle.target:g})")
         if self.phased and self.phased.beta > 0:
-            left.append(f"activations at beta {self.phased.beta:.2g}, not plain ReLUs")
+            left.append(f"activations at beta {self.phased.beta:.2g} (plain ReLUs at 0)")
         return f"the script ended at step {self.steps} of {self.length.steps} with {' and '.join(left)}"
 
     # ------------------------------------------------------------------ state
