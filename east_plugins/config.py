@@ -104,6 +104,7 @@ class Config:
         "auto", "how passes are computed: densely, for active weights only, or the faster as measured; dense and "
         "sparse repeat bit for bit", choices=["auto", "dense", "sparse"],
     )  # fmt: skip
+    compile: bool = option(False, "training passes by torch.compile, dense (--engine dense); needs a C compiler")
     amp: bool = option(False, "bfloat16 autocast")
     channels_last: bool = option(False, "channels-last memory format")
     east: EastOptions = EastOptions()
@@ -114,6 +115,8 @@ class Config:
         if self.nesterov and not (self.optimizer == "sgd" and self.momentum > 0):
             raise UsageError(f"--nesterov needs --optimizer sgd and --momentum over 0, got {self.optimizer} and "
                              f"{self.momentum:g}")  # fmt: skip
+        if self.compile and self.engine == "sparse":
+            raise UsageError("--compile goes with --engine dense: the sparse engine has compiled kernels of its own")
         if self.east.cyclic and self.density_schedule not in (None, "constant"):
             raise UsageError(f"--method {self.method}: --east-cyclic and --density-schedule {self.density_schedule} "
                              "both set the density over time; allowed with cycles is constant")  # fmt: skip

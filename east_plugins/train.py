@@ -93,7 +93,8 @@ class Trainer:
         milestones = [round(min(epoch, options.epochs) * self.steps_per_epoch) for epoch in options.lr_drops]
         self.scheduler = torch.optim.lr_scheduler.MultiStepLR(self.optimizer, milestones, gamma=0.1)
         self.host = self._host()
-        self.engine = Engine(self.host, self.data.input_shape, options.engine)
+        self.engine = Engine(self.host, self.data.input_shape, "dense" if options.compile else options.engine)
+        self.forward = torch.compile(self.model) if options.compile else self.model
         self.generator = torch.Generator().manual_seed(options.seed)
         self.epoch, self.step_in_epoch = 0, 0
         self.epoch_generator = self.generator.get_state()
@@ -186,7 +187,7 @@ class Trainer:
     def _step(self, x: torch.Tensor, y: torch.Tensor) -> None:
         self.optimizer.zero_grad()
         with self._autocast():
-            output = self.model(x)
+            output = self.forward(x)
             loss = F.cross_entropy(output, y)
         loss.backward()
         self.host.step()
