@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -17,6 +18,7 @@ from east_plugins.config import from_flags
 from east_plugins.errors import UsageError
 from east_plugins.progress import Progress
 from east_plugins.train import Trainer
+from east_plugins.train import train as train_run
 
 # runs are compared bit for bit: on the CPU, and not with the engine `auto`, which may choose otherwise the second time
 TINY = "--data digits --limit 160 --model resnet20 --width 4 --batch-size 32 --density 0.05 --engine sparse".split()
@@ -333,3 +335,22 @@ def test_info_times_dctps_beside_plain_layers(capsys):
     assert report["ratios"]["dctps_over_plain"] > 0
     assert main("info --model resnet20 --latency".split()) == 2
     assert "--latency needs --dctps" in capsys.readouterr().err
+
+
+def test_a_compiled_network_and_the_sparse_engine_exclude_each_other(tmp_path, capsys):
+    assert train(tmp_path / "r", "--compile", "--engine", "sparse") == 2
+    assert "--compile" in capsys.readouterr().err and not (tmp_path / "r").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not (shutil.which("c++") or shutil.which("g++")), reason="torch.compile needs a compiler")
+def test_a_compiled_network_trains_as_the_plain_one(tmp_path):
+    """Also through DyReLU's three phases."""
+    losses = []
+    for flags in ({"compile": True}, {"engine": "dense"}):
+        options = from_flags({"model": "cnn", "method": "rigl+dyrelu", "width": 8, "density": 0.1, "limit": 300,
+                              "epochs": 5, "device": "cpu", **flags})  # fmt: skip
+        out = tmp_path / str(len(losses))
+        train_run(options, out, quiet=True)
+        losses.append([json.loads(line)["loss"] for line in (out / "metrics.jsonl").read_text().splitlines()])
+    assert losses[0] == pytest.approx(losses[1], rel=1e-3)
