@@ -15,10 +15,9 @@ install() { # install EXTRAS...: once for each state of setup.cfg
     [ -e "$stamp" ] && return
     if [ ! -x "$venv/bin/python" ]; then
         echo "making $venv" >&2
-        if "$python" -c 'import importlib.util as u, sys; sys.exit(not (u.find_spec("torch") and u.find_spec("torchvision")))'; then
-            "$python" -m venv --system-site-packages "$venv"
-        else
-            "$python" -m venv "$venv"
+        "$python" -m venv --system-site-packages "$venv" # what a virtual environment holds is not seen from another one
+        if "$venv/bin/python" -c 'import importlib.util as u, sys; sys.exit(bool(u.find_spec("torch") and u.find_spec("torchvision")))'; then
+            "$python" -m venv --clear "$venv"
             # shellcheck disable=SC2086
             "$venv/bin/python" -m pip install --quiet --disable-pip-version-check $tested
         fi
