@@ -174,15 +174,16 @@ class Config:
     def as_dict(self) -> dict[str, Any]:
         """Flag names to values: what `parse` reads back from YAML. Methods are recorded with all they stand for."""
         values = {name: value for name, value in vars(self).items() if name != "east" and value is not None}
+        values |= {name: False for name in split_method(self.method, self.dctps) if name in _SWITCHES}
         values |= {f"east_{name}": value for name, value in vars(self.east).items()
                    if getattr(self.east, name.split("_")[0])}
         return {name.replace("_", "-"): value for name, value in values.items()}
 
 
-def split_method(name: str, dctps: bool = False) -> dict[str, Any]:
+def split_method(name: str, dctps: bool | None = None) -> dict[str, Any]:
     """The options that a method name such as `rigl+connected` stands for; raises `UnknownNameError`.
 
-    On DCTpS layers `east` leaves weight sharing out, as the paper does (Section 4).
+    On DCTpS layers (`dctps`; None: as the name says) `east` leaves weight sharing out, as the paper does (Section 4).
     """
     base, *tricks = name.split("+")
     if base not in METHODS:
@@ -192,7 +193,7 @@ def split_method(name: str, dctps: bool = False) -> dict[str, Any]:
         if trick not in TRICKS:
             raise UnknownNameError(f"trick in --method {name}", trick, TRICKS)
         values |= TRICKS[trick]
-    if (dctps or "dctps" in tricks) and "share" not in tricks:
+    if ("dctps" in tricks if dctps is None else dctps) and "share" not in tricks:
         values.pop("east_share", None)
     return values
 
@@ -213,12 +214,18 @@ def from_flags(given: Mapping[str, Any], method: str = Config.method) -> Config:
     """
     given = dict(given)
     if path := given.pop("config", None):
-        given = {**_for_method(_read(path), given), **given}
+        file = _for_method(_read(path), given)
+        if given.get("east"):  # by hand: all three tricks
+            file = {name: value for name, value in file.items() if value is not False or name not in _SWITCHES}
+        given = {**file, **given}
     given.setdefault("method", method)
-    values = {**split_method(given["method"], given.get("dctps", False)), **given}
+    values = {**split_method(given["method"], given.get("dctps")), **given}
     names = {field.name for field in dataclasses.fields(Config)}
     options = {name: values[name] for name in names - {"east"} if name in values}
     return Config(**options, east=east.from_flags(values))
+
+
+_SWITCHES = ("east_cyclic", "east_dyrelu", "east_share")
 
 
 def _for_method(file: dict[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
@@ -245,9 +252,13 @@ def _read(path: str) -> dict[str, Any]:
     add_flags(parser)
     content = flags.read_yaml(path, "--config")
     content.pop("versions", None)
-    arguments = flags.as_arguments(content, parser, str(path))
+    if "config" in content:
+        raise UsageError(f"--config {path}: config cannot be a key of the file; allowed are the other flags")
+    arguments = flags.as_arguments(content, parser, f"--config {path}")
     try:
-        values = {name: value for name, value in vars(parser.parse_args(arguments)).items() if name != "config"}
+        values = vars(parser.parse_args(arguments))
+        values |= {str(key).replace("-", "_"): False for key, value in content.items() if value is False}
+        values.pop("config")
         split_method(values.get("method", Config.method))
         return values
     except UsageError as error:

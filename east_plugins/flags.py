@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NoReturn
 
-from .errors import UnknownNameError, UsageError
+from .errors import UsageError
 
 
 def option(default: Any, help: str, **argparse_kwargs: Any) -> Any:
@@ -77,20 +77,25 @@ def read_yaml(path: str | Path, flag: str) -> dict[str, Any]:
 def as_arguments(values: Mapping[str, Any], parser: argparse.ArgumentParser, source: str) -> list[str]:
     """The arguments that say what a mapping of flag names (without dashes) to values says.
 
-    True gives a bare flag, False and None nothing, a list its items joined by commas. Raises `UnknownNameError`
-    naming `source` for a key that is no flag.
+    True gives a bare flag, False and None nothing, a list its items joined by commas. Raises `UsageError` naming
+    `source` for a key that is no flag, or where one but not both of flag and value are of the kind true or false.
     """
     arguments = []
     for key, value in values.items():
         name = "--" + str(key).replace("_", "-")
-        if name not in parser._option_string_actions:
-            known = [flag.removeprefix("--") for flag in parser._option_string_actions if flag.startswith("--")]
-            raise UnknownNameError(f"key in {source}", str(key), {name.replace("_", "-") for name in known})
-        if value is None or value is False:
+        action = parser._option_string_actions.get(name)
+        if action is None:
+            near = difflib.get_close_matches(name, parser._option_string_actions, n=1)
+            hint = f"did you mean {near[0].removeprefix('--')}? " if near else ""
+            raise UsageError(f"{source}: unknown key {str(key)!r}; {hint}see --help")
+        switch = action.nargs == 0
+        if value is None or (switch and value is False):
             continue
-        if value is not True:
-            text = ",".join(map(str, value)) if isinstance(value, list) else str(value)
-            arguments.append(f"{name}={text}")
-        else:
-            arguments.append(name)
+        if switch and value is not True:
+            raise UsageError(f"{source}: {key} must be true or false, got {value!r}")
+        if not switch and isinstance(value, bool):
+            kind = {int: "a whole number", float: "a number"}.get(action.type, "a text")
+            raise UsageError(f"{source}: {key} must be {kind}, got {str(value).lower()}")
+        text = ",".join(map(str, value)) if isinstance(value, list) else str(value)
+        arguments.append(name if switch else f"{name}={text}")
     return arguments

@@ -4,7 +4,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from east_plugins import config, flags
+from east_plugins import config, flags, runs
 from east_plugins.config import METHODS, TRICKS, Config
 from east_plugins.errors import UsageError
 
@@ -104,6 +104,31 @@ def test_the_phase_out_ends_before_the_first_drop_in_whatever_order():
     assert parse("--method east --lr-drops 10,5").resolve(21).east.dyrelu_end == pytest.approx(5 * 74 / 75)
 
 
+@pytest.mark.parametrize("off", ["cyclic", "dyrelu", "share"])
+def test_a_trick_that_is_off_in_the_file_is_off(off, tmp_path):
+    (tmp_path / "c.yaml").write_text(f"method: east\neast-{off}: false\n")
+    options = parse(f"--config {tmp_path / 'c.yaml'}")
+    assert [name for name in ("cyclic", "dyrelu", "share") if not getattr(options.east, name)] == [off]
+    runs.write_config(tmp_path, options)
+    assert runs.read_config(tmp_path) == options
+    assert getattr(parse(f"--config {tmp_path / 'c.yaml'} --east-{off}").east, off)
+    assert getattr(parse(f"--config {tmp_path / 'c.yaml'} --east").east, off)
+
+
+def test_dctps_that_is_off_in_the_file_is_off(tmp_path):
+    (tmp_path / "c.yaml").write_text("method: east+dctps\ndctps: false\n")
+    options = parse(f"--config {tmp_path / 'c.yaml'}")
+    assert not options.dctps and options.east.share
+    assert parse(f"--config {tmp_path / 'c.yaml'} --dctps").dctps
+
+
+def test_an_unknown_key_is_answered_with_the_nearest_only(tmp_path):
+    (tmp_path / "c.yaml").write_text("epochz: 3")
+    with pytest.raises(UsageError) as error:
+        parse(f"--config {tmp_path / 'c.yaml'}")
+    assert str(error.value).endswith("unknown key 'epochz'; did you mean epochs? see --help")
+
+
 def test_itop_spellings_are_taken():
     options = parse("--update_frequency 7 --sparse_init uniform --death-rate 0.3 --l2 0.5 --batch_size 9")
     assert (options.update_frequency, options.sparse_init) == (7, "uniform")
@@ -115,6 +140,9 @@ def test_itop_spellings_are_taken():
     [
         ("epochz: 3", "did you mean epochs"),
         ("epochs: many", "--epochs: invalid int"),
+        ("epochs: true", "epochs must be a whole number, got true"),
+        ("nesterov: 'no'", "nesterov must be true or false, got 'no'"),
+        ("config: other.yaml", "config cannot be a key"),
         ("- 1\n- 2", "must hold keys and values"),
         ("a: [", "cannot be read as YAML"),
         ("method: rigel", "did you mean rigl"),
