@@ -8,8 +8,9 @@ import multiprocessing
 import os
 import statistics
 import sys
+from collections import deque
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -109,14 +110,14 @@ def run(todo: Sequence[Job], workers: int = 1) -> Iterator[tuple[Job, dict[str, 
             yield job, train(job.options, job.out, resume=True, quiet=True)
         return
     spawn = multiprocessing.get_context("spawn")
+    waiting, running = deque(todo), {}
     with ProcessPoolExecutor(workers, mp_context=spawn) as pool:
-        futures = {pool.submit(train, job.options, job.out, True, True): job for job in todo}
-        try:
-            for future in as_completed(futures):
-                yield futures[future], future.result()
-        except BaseException:
-            pool.shutdown(cancel_futures=True)
-            raise
+        while waiting or running:
+            while waiting and len(running) < workers:  # one more, and the pool would start it after Ctrl-C
+                job = waiting.popleft()
+                running[pool.submit(train, job.options, job.out, True, True)] = job
+            for future in wait(running, return_when=FIRST_COMPLETED).done:
+                yield running.pop(future), future.result()
 
 
 def main(argv: Sequence[str]) -> int:

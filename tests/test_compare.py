@@ -1,4 +1,9 @@
 import csv
+import os
+import signal
+import subprocess
+import sys
+import time
 
 import pytest
 
@@ -30,6 +35,19 @@ def test_table_plot_and_resuming(jobs, tmp_path, capsys):
     assert compare(tmp_path, *flags, jobs) == 0
     assert {path: path.stat().st_mtime_ns for path in stamps} == stamps
     assert (tmp_path / "table.md").read_text() == table
+
+
+def test_ctrl_c_starts_no_further_run(tmp_path):
+    flags = [*TINY, *"--epochs 400 --methods set --sparsities 0.8 --seeds 0,1,2,3 --jobs 2 --out".split()]
+    command = [sys.executable, "-m", "east_plugins", "compare", *flags, str(tmp_path)]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    while len(list(tmp_path.glob("*/metrics.jsonl"))) < 2:
+        time.sleep(0.05)
+        assert process.poll() is None, process.stderr.read()
+    os.killpg(process.pid, signal.SIGINT)
+    _, said = process.communicate(timeout=60)
+    assert process.returncode == 130 and "stopped after 0 of 4 runs" in said
+    assert sorted(folder.name for folder in tmp_path.iterdir()) == ["set-0.8-seed0", "set-0.8-seed1"]
 
 
 def test_methods_are_themselves_whatever_run_the_config_is_of(tmp_path):
