@@ -18,7 +18,7 @@ from typing import Any
 from . import config, flags, runs
 from .config import Config
 from .errors import MissingExtraError, UsageError
-from .train import Interrupted, Trainer, finished, train
+from .train import Interrupted, Trainer, check_same, finished, train
 
 
 @dataclass(frozen=True)
@@ -93,10 +93,14 @@ def jobs(given: dict[str, Any]) -> list[Job]:
 
 
 def check(todo: Sequence[Job]) -> None:
-    """Build every kind of run once without training it, so that what cannot be is refused before hours of work."""
-    kinds = {(job.method, job.sparsity): job for job in todo if runs.read_summary(job.out) is None}
-    data = runs.load_data(todo[0].options) if kinds else None
-    for job in kinds.values():
+    """Compare what is in the folders with what is asked for and build every kind of run once, without training it,
+    so that what cannot be is refused before hours of work."""
+    unfinished = [job for job in todo if finished(job.options, job.out) is None]
+    data = runs.load_data(unfinished[0].options) if unfinished else None
+    for job in unfinished:
+        if (job.out / runs.CHECKPOINT).exists():
+            check_same(job.out, job.options.resolve(data.train.steps(job.options.batch_size)))
+    for job in {(job.method, job.sparsity): job for job in unfinished}.values():
         Trainer(job.options, job.out, data)
 
 

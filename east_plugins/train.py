@@ -62,13 +62,14 @@ def finished(options: Config, out: Path) -> dict[str, Any] | None:
     """The summary of the run in `out` where it has ended; raises `UsageError` where it is another run."""
     summary = runs.read_summary(out)
     if summary is not None:
-        _check_same(out, options.resolve(summary["steps"] // summary["epochs"]))
+        check_same(out, options.resolve(summary["steps"] // summary["epochs"]))
     return summary
 
 
-def _check_same(out: Path, options: Config) -> None:
+def check_same(out: Path, options: Config) -> None:
+    """Raises `UsageError` where the run in `out` is not that of the resolved `options`."""
     if not runs.same_run(runs.read_config(out), options):
-        raise UsageError(f"--resume: {out / runs.CONFIG} describes another run than the flags given")
+        raise UsageError(f"--out {out}: {runs.CONFIG} there describes another run than the flags given")
 
 
 class Trainer:
@@ -305,7 +306,7 @@ class Trainer:
         if not (self.out / runs.CHECKPOINT).exists():
             _cut_metrics(self.out / runs.METRICS, 0)
             return
-        _check_same(self.out, self.options)
+        check_same(self.out, self.options)
         state = runs.load_checkpoint(self.out / runs.CHECKPOINT, self.device)
         if self.phased and state["beta"] == 0:
             self.phased.remove(self.optimizer)

@@ -106,6 +106,18 @@ def test_a_refusal_of_one_run_comes_before_all_runs(tmp_path, capsys):
     assert "--east-share" in capsys.readouterr().err
 
 
+def test_another_run_in_the_folder_is_found_before_all_runs(tmp_path, capsys):
+    flags = "--methods set --sparsities 0.8 --seeds 0,1".split()
+    assert compare(tmp_path, *flags) == 0
+    for path in (*tmp_path.glob("*/summary.json"), *(tmp_path / "set-0.8-seed0").glob("*")):
+        path.unlink()
+    capsys.readouterr()
+    assert compare(tmp_path, *flags, "--lr", "0.03") == 2
+    said = capsys.readouterr().err
+    assert said.startswith(f"east_plugins: --out {tmp_path / 'set-0.8-seed1'}: ") and said.count("\n") == 1
+    assert not list((tmp_path / "set-0.8-seed0").iterdir())
+
+
 def test_cells_are_mean_and_deviation_over_seeds(tmp_path):
     def summary(accuracy):
         return {"test_accuracy": accuracy, "effective_density": 0.0005, "density": 0.001}
