@@ -20,7 +20,7 @@ from ..errors import UsageError
 from ..ops.maskable import theoretical_size
 from . import subject
 from .c import CFile
-from .chart import bar_chart
+from .chart import bar_chart, check_path
 from .formats import to_c, to_onnx
 from .graph import trace
 from .onnx_dense import dense_onnx
@@ -43,8 +43,8 @@ def main(argv: Sequence[str]) -> int:
         raise UsageError(f"{' '.join(given)}: a RUN is measured as it is, leave them out")
     if min(args.repeats, args.threads, *args.batch) < 1:
         raise UsageError("--repeats, --threads and --batch must be at least 1")
-    if args.plot and not args.plot.parent.is_dir():
-        raise UsageError(f"--plot {args.plot} must be a file in a folder that exists")
+    if args.plot:
+        check_path(args.plot)
     torch.set_num_threads(args.threads)
     result = inference(*_subject(args), args)
     if args.plot:

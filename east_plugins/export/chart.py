@@ -14,23 +14,36 @@ LABELS = {
 }  # fmt: skip
 
 
+def check_path(path: Path) -> None:
+    """Raises `UsageError` where no chart can be written to `path`, and `MissingExtraError`."""
+    kinds = _figure_class()().canvas.get_supported_filetypes()
+    if path.suffix[1:].lower() not in kinds:
+        raise UsageError(f"--plot {path} must end in one of {', '.join(f'.{kind}' for kind in sorted(kinds))}")
+    if not path.parent.is_dir():
+        raise UsageError(f"--plot {path} must be a file in a folder that exists")
+
+
+def _figure_class():
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise MissingExtraError("--plot needs matplotlib: pip install 'east_plugins[train]'") from error
+    return Figure
+
+
 def bar_chart(result: dict[str, Any], subject: str, path: Path) -> None:
     """Median milliseconds an image, one bar for each batch size, beside the size on disk (C: compiled), both on
     logarithmic scales.
 
     Raises `UsageError` where `path` cannot be written, and `MissingExtraError`.
     """
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise MissingExtraError("--plot needs matplotlib: pip install 'east_plugins[train]'") from error
     times: dict[int, dict[str, float]] = defaultdict(dict)
     for row in result["rows"]:
         name, _, batch = row["name"].partition("_batch")
         times[int(batch or 1)][name] = row["median_ms"] / int(batch or 1)
     names = list(next(iter(times.values())))
     sizes = [result["sizes"]["c_object" if name == "c" else name] / 1024 for name in names]
-    figure = Figure(figsize=(10, 1.2 + 0.25 * len(names) * (len(times) + 1)), layout="constrained")
+    figure = _figure_class()(figsize=(10, 1.2 + 0.25 * len(names) * (len(times) + 1)), layout="constrained")
     figure.suptitle(f"{subject}: {result['nonzeros']:,} of {result['maskable']:,} weights active")
     left, right = figure.subplots(1, 2, sharey=True)
     height = 0.8 / len(times)
@@ -47,5 +60,5 @@ def bar_chart(result: dict[str, Any], subject: str, path: Path) -> None:
         axes.margins(x=0.2)
     try:
         figure.savefig(path)
-    except (OSError, ValueError) as error:  # ValueError: an ending that is no image format
+    except OSError as error:
         raise UsageError(f"--plot {path} cannot be written: {' '.join(str(error).split())[:120]}") from error

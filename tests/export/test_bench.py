@@ -50,6 +50,12 @@ def test_trained_masks_moved():
     assert any(not torch.equal(start[name], moved[name]) for name in start)
 
 
+def test_a_chart_of_no_known_ending_is_refused_before_measuring(capsys, monkeypatch):
+    monkeypatch.setattr("east_plugins.export.bench.inference", lambda *_: pytest.fail("measured"))
+    assert main([*SMALL, "--plot", "a.foo"]) == 2
+    assert "--plot a.foo must end in one of" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("path", ["/no/such/folder/a.png", "/proc/a.png", "a.nosuchformat"])
 def test_a_chart_that_cannot_be_written(path, capsys):
     assert main([*SMALL, "--plot", path]) == 2
