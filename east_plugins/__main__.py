@@ -6,7 +6,6 @@ import importlib
 import os
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 
 from .errors import EastError, UnknownNameError
 
@@ -30,7 +29,7 @@ def train(argv: Sequence[str]) -> int:
     from .train import train
 
     parser = flags.Parser(prog="east_plugins train", description="Train one network; flags have ITOP's names.")
-    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder that the run is written to")
+    parser.add_argument("--out", type=flags.folder, required=True, metavar="DIR", help="folder of the run")
     parser.add_argument("--resume", action="store_true", help="go on with the run in --out, if there is one")
     parser.add_argument("--quiet", action="store_true", help="no progress, only the result")
     config.add_flags(parser)

@@ -57,7 +57,7 @@ def add_flags(parser: flags.Parser) -> None:
     group.add_argument("--sparsities", default="0.999,0.9995", metavar="S,S", help="shares of weights that are zero")
     group.add_argument("--seeds", default="0", metavar="N,N", help="one run for each seed")
     group.add_argument("--jobs", type=int, default=1, metavar="N", help="runs at a time (default: 1)")
-    group.add_argument("--out", required=True, type=Path, metavar="DIR", help="folder of the runs, table and plot")
+    group.add_argument("--out", required=True, type=flags.folder, metavar="DIR", help="folder of runs, table and plot")
     config.add_flags(parser)
 
 
@@ -131,8 +131,11 @@ def main(argv: Sequence[str]) -> int:
     given = vars(parser.parse_args(argv))
     workers, out = given["jobs"], given["out"]
     todo = jobs(given)
+    for folder in (out, *(job.out for job in todo)):
+        runs.check_folder(folder)
+    _pyplot()  # a missing extra is said before hours of work
     check(todo)
-    out.mkdir(parents=True, exist_ok=True)
+    runs.make_folder(out)
     summaries = []
     try:
         for job, summary in run(todo, workers):
@@ -150,9 +153,8 @@ def main(argv: Sequence[str]) -> int:
     table = markdown(rows)
     runs.write_atomically(out / "table.md", table)
     runs.write_atomically(out / "table.csv", as_csv(rows))
-    chance = 1 / summaries[0][1]["classes"]
-    plot(rows, out / "accuracy.png", chance)
     print(table)
+    plot(rows, out / "accuracy.png", chance=1 / summaries[0][1]["classes"])
     print(f"table: {out / 'table.md'}   plot: {out / 'accuracy.png'}")
     return 0
 
@@ -203,13 +205,7 @@ def as_csv(rows: Sequence[Row]) -> str:
 
 def plot(rows: Sequence[Row], path: Path, chance: float) -> None:
     """Grouped bars of test accuracy with every seed as a dot, one group a sparsity, and the line of chance."""
-    try:
-        import matplotlib
-
-        matplotlib.use("Agg")
-        from matplotlib import pyplot as plt
-    except ImportError as error:
-        raise MissingExtraError("accuracy.png needs matplotlib: pip install 'east_plugins[train]'") from error
+    plt = _pyplot()
     methods = list(dict.fromkeys(row.method for row in rows))
     sparsities = sorted({row.sparsity for row in rows})
     figure, axes = plt.subplots(figsize=(2 + 0.42 * len(methods) * len(sparsities), 4.2), layout="constrained")
@@ -229,6 +225,17 @@ def plot(rows: Sequence[Row], path: Path, chance: float) -> None:
     figure.savefig(temporary, dpi=150)
     plt.close(figure)
     os.replace(temporary, path)
+
+
+def _pyplot():
+    try:
+        import matplotlib
+
+        matplotlib.use("Agg")
+        from matplotlib import pyplot
+    except ImportError as error:
+        raise MissingExtraError("accuracy.png needs matplotlib: pip install 'east_plugins[train]'") from error
+    return pyplot
 
 
 def _is_dense(method: str) -> bool:

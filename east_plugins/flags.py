@@ -60,6 +60,13 @@ def _accept_underscores(parser: argparse._ActionsContainer, action: argparse.Act
         parser._option_string_actions.setdefault(spelled, action)  # ITOP's spelling, not shown in --help
 
 
+def folder(text: str) -> Path:
+    """The path of a folder, as argparse's `type`; the empty one would be the working folder."""
+    if not text:
+        raise argparse.ArgumentTypeError("must name a folder, got ''")
+    return Path(text)
+
+
 def read_yaml(path: str | Path, flag: str) -> dict[str, Any]:
     """The mapping in a YAML file; raises `UsageError` naming `flag` where there is none."""
     import yaml

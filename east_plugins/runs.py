@@ -22,6 +22,27 @@ from .errors import UsageError
 CONFIG, METRICS, SUMMARY, CHECKPOINT = "config.yaml", "metrics.jsonl", "summary.json", "checkpoint.pt"
 
 
+def check_folder(out: Path) -> None:
+    """Raises `UsageError` where `out` is no folder to write in and cannot be made one; makes nothing."""
+    try:
+        out.exists()
+    except OSError as error:  # such as a name too long
+        raise UsageError(f"--out {out} cannot be made: {error.strerror}") from error
+    place = next((place for place in (out, *out.parents) if os.path.exists(place)), Path())
+    if not place.is_dir():
+        raise UsageError(f"--out {out} cannot be made: {place} is a file")
+    if not os.access(place, os.W_OK | os.X_OK):
+        raise UsageError(f"--out {out} cannot be made: {place} cannot be written to")
+
+
+def make_folder(out: Path) -> None:
+    """Make the folder `out` and its parents; raises `UsageError` where that fails."""
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UsageError(f"--out {out} cannot be made: {error.strerror}") from error
+
+
 def write_atomically(path: Path, content: bytes | str) -> None:
     """Write a file so that it is there complete or not at all."""
     content = content.encode() if isinstance(content, str) else content

@@ -43,6 +43,7 @@ def train(options: Config, out: Path, resume: bool = False, quiet: bool = False)
     With `resume` an unfinished run in `out` goes on where it stopped, and a finished one is only read. Raises
     `UsageError` for what cannot be (before anything is written) and `Interrupted` after saving on Ctrl-C.
     """
+    runs.check_folder(out)
     if (out / runs.CONFIG).exists() and not resume:
         raise UsageError(f"--out {out} holds a run already; add --resume to go on with it, or choose another folder")
     if resume and (summary := finished(options, out)):
@@ -50,7 +51,7 @@ def train(options: Config, out: Path, resume: bool = False, quiet: bool = False)
     trainer = Trainer(options, out)
     if resume:
         trainer.restore()
-    out.mkdir(parents=True, exist_ok=True)
+    runs.make_folder(out)
     runs.write_config(out, trainer.options)
     with _catch_interrupt() as interrupt, Progress(trainer, quiet) as progress:
         while trainer.epoch < trainer.options.epochs:

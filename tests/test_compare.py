@@ -110,12 +110,18 @@ def test_another_run_in_the_folder_is_found_before_all_runs(tmp_path, capsys):
     flags = "--methods set --sparsities 0.8 --seeds 0,1".split()
     assert compare(tmp_path, *flags) == 0
     for path in (*tmp_path.glob("*/summary.json"), *(tmp_path / "set-0.8-seed0").glob("*")):
-        path.unlink()
+        path.unlink(missing_ok=True)
     capsys.readouterr()
     assert compare(tmp_path, *flags, "--lr", "0.03") == 2
     said = capsys.readouterr().err
     assert said.startswith(f"east_plugins: --out {tmp_path / 'set-0.8-seed1'}: ") and said.count("\n") == 1
     assert not list((tmp_path / "set-0.8-seed0").iterdir())
+
+
+def test_missing_matplotlib_is_said_before_all_runs(tmp_path, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    assert compare(tmp_path / "c", "--methods", "set") == 2
+    assert "needs matplotlib" in capsys.readouterr().err and not (tmp_path / "c").exists()
 
 
 def test_cells_are_mean_and_deviation_over_seeds(tmp_path):

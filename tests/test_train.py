@@ -200,6 +200,19 @@ def test_wrong_input_is_one_line_exit_2_and_leaves_nothing(flags, words, tmp_pat
     assert not (tmp_path / "r").exists()
 
 
+@pytest.mark.parametrize("command", ["train", "compare"])
+@pytest.mark.parametrize("out", ["file", "file/x", "file/x/y", "", "x" * 300])
+def test_an_out_that_cannot_be_a_folder_is_refused(command, out, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "file").write_text("kept")
+    monkeypatch.setattr(runs, "load_data", lambda options: pytest.fail("data was read"))
+    tiny = [*TINY[:8], "--epochs", "2", *(["--method", "set"] if command == "train" else ["--methods", "set"])]
+    assert main([command, *tiny, "--out", out]) == 2
+    said = capsys.readouterr().err
+    assert said.startswith("east_plugins: --out") and said.count("\n") == 1
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
 def test_a_folder_with_a_run_in_it_is_not_overwritten(east_run, capsys):
     assert train(east_run, "--epochs", "6") == 2
     assert "--resume" in capsys.readouterr().err
