@@ -7,6 +7,7 @@ import os
 import sys
 from collections.abc import Sequence
 
+from . import __version__
 from .errors import EastError, UnknownNameError
 
 #: Command to module, function, and its line of help.
@@ -51,6 +52,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         print("usage: python -m east_plugins COMMAND [flags]   (COMMAND --help lists its flags)\n")
         print("\n".join(f"  {name:<9} {help}" for name, (_, _, help) in COMMANDS.items()))
         return 0 if argv else 2
+    if not {"", os.getcwd()} & set(sys.path):
+        sys.path.insert(0, "")  # rules of one's own, as module:function, lie in the working folder
+    if argv == ["--version"]:
+        print(f"east_plugins {__version__}")
+        return 0
     try:
         if argv[0] not in COMMANDS:
             raise UnknownNameError("command", argv[0], COMMANDS)

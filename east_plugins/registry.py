@@ -94,8 +94,9 @@ class Registry:
         module, _, attribute = spec.partition(":")
         try:
             obj = getattr(importlib.import_module(module), attribute)
-        except (ImportError, AttributeError) as error:
-            raise UsageError(f"{self.kind} {spec!r} cannot be imported: {error}") from error
+        except Exception as error:  # whatever the user's module raises
+            reason = " ".join(f"{type(error).__name__}: {error}".split())
+            raise UsageError(f"{self.kind} {spec!r} cannot be imported: {reason}") from error
         declared = getattr(obj, "east_meta", {})
         return _entry(spec, obj, None, spec, declared)
 

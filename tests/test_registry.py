@@ -4,6 +4,7 @@ import types
 import pytest
 
 from east_plugins import Masking, growth
+from east_plugins.__main__ import main
 from east_plugins.errors import DuplicateNameError, UnknownNameError, UsageError
 from east_plugins.registry import ALL, Registry
 
@@ -32,6 +33,16 @@ def test_found_by_module_and_attribute(monkeypatch):
     for wrong in ("somebodys_rules:missing", "no_such_module:rule"):
         with pytest.raises(UsageError, match="cannot be imported"):
             growth.get(wrong)
+
+
+@pytest.mark.parametrize("spec", [":x", ".x:y", "broken_syntax:rule", "raises_when_imported:rule", "math:"])
+def test_a_spec_that_cannot_be_imported_is_one_line(spec, tmp_path, monkeypatch):
+    (tmp_path / "broken_syntax.py").write_text("def rule(:")
+    (tmp_path / "raises_when_imported.py").write_text("1 / 0")
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(UsageError, match="cannot be imported") as error:
+        growth.get(spec)
+    assert repr(spec) in str(error.value) and "\n" not in str(error.value)
 
 
 def test_found_by_entry_point(tmp_path, monkeypatch):
@@ -92,6 +103,13 @@ def test_a_registered_rule_can_be_an_entry_point_of_its_own_name(tmp_path, monke
     fresh = Registry("growth", [])
     monkeypatch.setattr("east_plugins.registry.growth", fresh)
     assert fresh.entry("packaged_rule").meta == {"needs": ("grad",)}
+
+
+def test_the_command_line_finds_modules_in_the_working_folder(tmp_path, monkeypatch):
+    (tmp_path / "rule_in_the_working_folder.py").write_text("def rule(layer):\n    return layer.weight\n")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [path for path in sys.path if path])
+    assert main("info --model cnn --width 4 --density 0.2 --growth rule_in_the_working_folder:rule".split()) == 0
 
 
 def test_every_plugin_has_a_line_of_help():
