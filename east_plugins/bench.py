@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from . import __version__, flags, models
+from . import __version__, flags, models, runs
 from .errors import UnknownNameError, UsageError
 from .masking import Masking
 from .ops import memory
@@ -104,6 +104,7 @@ def main(argv: Sequence[str]) -> int:
         value = getattr(args, name, None)
         if value is not None and value < 1:
             raise UsageError(f"--{name.replace('_', '-')} must be at least 1, got {value}")
+    runs.device(args.device)
     if args.threads:
         torch.set_num_threads(args.threads)
     if args.device == "cpu":

@@ -120,7 +120,8 @@ def build_model(options: Config, num_classes: int, input_shape: tuple[int, int, 
     channels, _, size = input_shape
     model = models.build(options.model, num_classes, channels, size, options.width)
     if options.transform:
-        model = registry.transform.get(options.transform)(model) or model
+        returned = registry.transform.get(options.transform)(model)
+        model = returned if isinstance(returned, nn.Module) else model  # some change the model and return a report
     if options.dctps:
         registry.transform.get("dctps")(model, engine=options.dctps_engine)
     if options.east.share:
@@ -142,6 +143,16 @@ def _check_dctps(options: Config) -> None:
         )
     if options.weight_init not in (None, "default"):
         raise UsageError(f"--dctps --weight-init {options.weight_init}: sparse weights of DCTpS layers start at zero")
+
+
+def device(name: str | None) -> torch.device:
+    """The device called `name`, by default CUDA where there is one; raises `UsageError` where it cannot be used."""
+    try:
+        found = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+        torch.empty(0, device=found)
+    except (RuntimeError, AssertionError) as error:
+        raise UsageError(f"--device {name} cannot be used: {' '.join(str(error).split())[:120]}") from error
+    return found
 
 
 def load_data(options: Config) -> data.Data:

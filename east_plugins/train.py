@@ -80,7 +80,7 @@ class Trainer:
         self.out = out
         if options.threads:
             torch.set_num_threads(options.threads)
-        self.device = _device(options.device)
+        self.device = runs.device(options.device)
         if self.device.type == "cpu":
             memory.keep_freed()
         self.data = (data or runs.load_data(options)).to(self.device)
@@ -347,15 +347,6 @@ def _peak_memory(device: torch.device) -> float:
     import resource  # not on every platform
 
     return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10), 1)
-
-
-def _device(name: str | None) -> torch.device:
-    try:
-        device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise UsageError(f"--device {name} cannot be used: {' '.join(str(error).split())[:120]}") from error
-    return device
 
 
 @contextlib.contextmanager

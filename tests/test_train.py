@@ -12,7 +12,7 @@ import pytest
 import torch
 import yaml
 
-from east_plugins import runs
+from east_plugins import __version__, runs
 from east_plugins.__main__ import main
 from east_plugins.config import from_flags
 from east_plugins.errors import UsageError
@@ -281,6 +281,16 @@ def test_commands_and_help(capsys):
     assert "momentum_neuron" in capsys.readouterr().out
 
 
+def test_version(capsys):
+    assert main(["--version"]) == 0
+    assert capsys.readouterr().out == f"east_plugins {__version__}\n"
+
+
+@pytest.mark.parametrize("transform", ["share", "dctps"])
+def test_the_registered_transforms_can_be_named(transform, capsys):
+    assert main(["info", *"--model resnet20 --width 4 --density 0.2 --json --transform".split(), transform]) == 0
+
+
 def test_info_prints_one_object(capsys):
     assert main("info --model resnet34 --classes 100 --density 0.0005 --east-share --east-dyrelu --json".split()) == 0
     report = json.loads(capsys.readouterr().out)
@@ -320,6 +330,14 @@ def test_bench_refuses_what_cannot_be_counted(flag, capsys):
     for value in ("0", "-1"):
         assert main(["bench", "step", "--model", "cnn", flag, value]) == 2
         assert capsys.readouterr().err == f"east_plugins: {flag} must be at least 1, got {value}\n"
+
+
+@pytest.mark.parametrize("what", ["step", "update"])
+@pytest.mark.parametrize("device", ["cuda:99", "foo"])
+def test_bench_refuses_a_device_that_is_not_there(what, device, capsys):
+    assert main(["bench", what, "--model", "cnn", "--device", device]) == 2
+    said = capsys.readouterr().err
+    assert said.startswith(f"east_plugins: --device {device} cannot be used") and said.count("\n") == 1
 
 
 @pytest.mark.parametrize(
