@@ -74,13 +74,19 @@ def _digits(root: None, size: int | None) -> Splits:
 
 
 def _mnist(folder: str, root: Path, size: int | None) -> Splits:
-    def read(part: str, values: str) -> Tensor:
+    def read(part: str, values: str, header: int, item: int) -> Tensor:
         path = _require(root, Path(folder, "raw", f"{part}-{values}-ubyte"))
-        return torch.from_numpy(np.fromfile(path, dtype=np.uint8))
+        content = np.fromfile(path, dtype=np.uint8)
+        if len(content) <= header or (len(content) - header) % item:
+            raise UsageError(f"--data-dir: {path} is no {folder} file, or not a whole one")
+        return torch.from_numpy(content[header:])
 
     def labelled(part: str) -> Labelled:
-        images = read(part, "images-idx3")[16:].view(-1, 1, 28, 28)  # 16 and 8 bytes of header
-        return resize(images, size or 28), read(part, "labels-idx1")[8:].long()
+        images = read(part, "images-idx3", 16, 28 * 28).view(-1, 1, 28, 28)
+        labels = read(part, "labels-idx1", 8, 1).long()
+        if len(labels) != len(images):
+            raise UsageError(f"--data-dir: {root / folder} has {len(images)} {part} images and {len(labels)} labels")
+        return resize(images, size or 28), labels
 
     return labelled("train"), labelled("t10k")
 
@@ -91,11 +97,23 @@ def _cifar(
     """Checksums are not compared, so that images compressed anew can be used too."""
 
     def labelled(files: Sequence[str]) -> Labelled:
-        batches = [_unpickle(_require(root, Path(folder, name))) for name in files]
-        images = torch.from_numpy(np.concatenate([batch["data"] for batch in batches])).view(-1, 3, 32, 32)
-        return resize(images, size or 32), torch.tensor([label for batch in batches for label in batch[key]])
+        batches = [_batch(_require(root, Path(folder, name)), key) for name in files]
+        images = torch.from_numpy(np.concatenate([images for images, _ in batches])).view(-1, 3, 32, 32)
+        return resize(images, size or 32), torch.tensor([label for _, labels in batches for label in labels])
 
     return labelled(train), labelled(test)
+
+
+def _batch(path: Path, key: str) -> tuple[np.ndarray, list[int]]:
+    """uint8 images [N, 3072] and their labels."""
+    content = _unpickle(path)
+    images, labels = (content.get(name) if isinstance(content, dict) else None for name in ("data", key))
+    if (
+        not isinstance(images, np.ndarray) or images.dtype != np.uint8 or images.shape[1:] != (3072,)
+        or not isinstance(labels, list) or len(labels) != len(images)
+    ):  # fmt: skip
+        raise UsageError(f"--data-dir: {path} is no CIFAR batch; expected are data, uint8 [N, 3072], and N {key}")
+    return images, labels
 
 
 def _unpickle(path: Path) -> dict:

@@ -273,6 +273,29 @@ def test_a_pickle_that_would_run_code_or_is_damaged_is_refused(tmp_path):
         data.load("cifar10", tmp_path)
 
 
+@pytest.mark.parametrize("wrong", [
+    {"data": np.zeros((10, 3072), np.uint8), "labels": [0] * 9}, {"data": np.zeros((10, 3072), np.uint8)},
+    {"data": np.zeros((10, 3000), np.uint8), "labels": [0] * 10}, [1, 2],
+], ids=["too few labels", "no labels", "wrong width", "a list"])  # fmt: skip
+def test_what_is_no_cifar_batch_is_refused(wrong, tmp_path):
+    write_cifar(tmp_path)
+    with open(tmp_path / "cifar-10-batches-py" / "data_batch_2", "wb") as file:
+        pickle.dump(wrong, file, protocol=2)
+    with pytest.raises(UsageError, match="--data-dir: .*data_batch_2 is no CIFAR batch"):
+        data.load("cifar10", tmp_path)
+
+
+@pytest.mark.parametrize("images, labels", [(16 + 3 * 784 - 1, 8 + 3), (16 + 2 * 784, 8 + 3), (16, 8), (5, 8 + 3)])
+def test_truncated_mnist_files_are_refused(images, labels, tmp_path):
+    raw = tmp_path / "MNIST" / "raw"
+    raw.mkdir(parents=True)
+    for part in ("train", "t10k"):
+        (raw / f"{part}-images-idx3-ubyte").write_bytes(bytes(images))
+        (raw / f"{part}-labels-idx1-ubyte").write_bytes(bytes(labels))
+    with pytest.raises(UsageError, match="--data-dir: .*MNIST"):
+        data.load("mnist", tmp_path)
+
+
 @pytest.mark.parametrize(("name", "folder"), [("mnist", "MNIST"), ("fashionmnist", "FashionMNIST")])
 def test_mnist_layout(tmp_path, name, folder):
     raw = tmp_path / folder / "raw"
