@@ -36,11 +36,13 @@ def train(argv: Sequence[str]) -> int:
     config.add_flags(parser)
     given = vars(parser.parse_args(argv))
     out, resume, quiet = (given.pop(name) for name in ("out", "resume", "quiet"))
-    summary = train(config.from_flags(given), out, resume, quiet)
+    options = config.from_flags(given)
+    summary = train(options, out, resume, quiet)
+    validation = f" (validation {summary['best_validation_accuracy']:.2%})" if options.validation else ""
     print(
-        f"test accuracy {summary['test_accuracy']:.2%} of the network of epoch {summary['best_epoch']} "
-        f"(validation {summary['best_validation_accuracy']:.2%}), {summary['nonzeros']:,} of {summary['maskable']:,} "
-        f"weights active; {out}"
+        f"test accuracy {summary['test_accuracy']:.2%} of the network of epoch {summary['best_epoch']}{validation}, "
+        f"{summary['nonzeros']:,} of {summary['maskable']:,} weights active; {out}"
+        + ("; loss is not finite" if summary.get("diverged") else "")
     )
     return 0
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 from typing import TYPE_CHECKING, Any
 
@@ -46,12 +47,13 @@ class Progress:
         """Report one line of `metrics.jsonl`."""
         if self.writer is not None:
             for name, value in line.items():
-                self.writer.add_scalar(name, value, line["epoch"])
+                self.writer.add_scalar(name, math.nan if value is None else value, line["epoch"])
         if self.bar is None and not self.quiet:
             options = self.trainer.options
+            loss = math.nan if line["loss"] is None else line["loss"]
             left = line["seconds"] / line["epoch"] * (options.epochs - line["epoch"])
             print(
-                f"epoch {line['epoch']:>{len(str(options.epochs))}}/{options.epochs}  loss {line['loss']:.4f}  "
+                f"epoch {line['epoch']:>{len(str(options.epochs))}}/{options.epochs}  loss {loss:.4f}  "
                 f"train {line['train_accuracy']:.2%}  validation {line['validation_accuracy']:.2%}  "
                 f"density {line['density']:.6f}  effective {line['effective_density']:.6f}  beta {line['beta']:.2f}  "
                 f"{left:.0f} s left",

@@ -6,6 +6,7 @@ import contextlib
 import copy
 import json
 import logging
+import math
 import signal
 import sys
 import time
@@ -104,6 +105,7 @@ class Trainer:
         self.best: dict[str, Any] | None = None
         self.seconds = 0.0
         self.saved = time.monotonic()
+        self.diverged = False  # whether an epoch's loss was not finite
 
     def _phased(self):
         east = self.options.east
@@ -180,6 +182,11 @@ class Trainer:
         self.seconds += time.monotonic() - began
         line["seconds"] = round(self.seconds, 2)
         self.totals = {"loss": 0.0, "correct": 0.0, "images": 0}
+        if not math.isfinite(line["loss"]):
+            line["loss"] = None  # JSON has no NaN
+            if not self.diverged:
+                logger.warning("epoch %d: loss is not finite", self.epoch)
+            self.diverged = True
         with open(self.out / runs.METRICS, "a") as file:
             file.write(json.dumps(line) + "\n")
         if self.epoch == options.epochs or time.monotonic() - self.saved >= SAVE_EVERY:
@@ -257,6 +264,7 @@ class Trainer:
             "itop_rate": self.host.fired_masks_update()[1],
             "steps": self.host.steps,
             "epochs": self.epoch,
+            "diverged": self.diverged,
             "seconds": round(self.seconds, 2),
             "peak_memory_mib": _peak_memory(self.device),
             "seed": self.options.seed,
@@ -295,6 +303,7 @@ class Trainer:
                 "epoch_generator": self.epoch_generator,
                 "totals": {name: float(value) for name, value in self.totals.items()},
                 "seconds": self.seconds,
+                "diverged": self.diverged,
                 "rng": torch.get_rng_state(),
                 "cuda_rng": torch.cuda.get_rng_state(self.device) if self.device.type == "cuda" else None,
             },
@@ -317,6 +326,7 @@ class Trainer:
             self.phased.beta = state["beta"]
         for name in ("best", "epoch", "step_in_epoch", "totals", "seconds"):
             setattr(self, name, state[name])
+        self.diverged = state.get("diverged", False)
         self.epoch_generator = state["epoch_generator"].cpu()
         torch.set_rng_state(state["rng"].cpu())
         cuda_rng = state.get("cuda_rng")

@@ -213,6 +213,18 @@ def test_an_out_that_cannot_be_a_folder_is_refused(command, out, tmp_path, capsy
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
 
+def test_a_run_that_diverges_says_so(tmp_path, capsys, caplog):
+    flags = "--model cnn --width 4 --method set --epochs 2 --lr 1e6 --validation 0".split()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("torch.nn.functional.cross_entropy", lambda output, y: output.sum() * float("nan"))
+        assert train(tmp_path / "r", *flags) == 0
+    said = capsys.readouterr().out
+    assert said.endswith("; loss is not finite\n") and "validation" not in said
+    assert caplog.text.count("loss is not finite") == 1
+    assert "NaN" not in (tmp_path / "r" / "metrics.jsonl").read_text()
+    assert [line["loss"] for line in runs.read_metrics(tmp_path / "r")] == [None, None]
+
+
 def test_a_folder_with_a_run_in_it_is_not_overwritten(east_run, capsys):
     assert train(east_run, "--epochs", "6") == 2
     assert "--resume" in capsys.readouterr().err
