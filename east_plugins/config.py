@@ -169,7 +169,11 @@ class Config:
         filled = {name: value for name, value in values.items() if getattr(self, name) is None}
         config = dataclasses.replace(self, **filled)
         first_drop = min(config.lr_drops, default=None)
-        return dataclasses.replace(config, east=config.east.resolve(self.epochs, steps_per_epoch, first_drop))
+        tricks = config.east.resolve(self.epochs, steps_per_epoch, first_drop)
+        if tricks.dyrelu and self.east.dyrelu_end is None and round(tricks.dyrelu_end * steps_per_epoch) < 1:
+            raise UsageError(f"--epochs {self.epochs}: a run of {total} steps is too short for the phase-out of "
+                             f"--method {self.method}, which must end before the first learning-rate drop")  # fmt: skip
+        return dataclasses.replace(config, east=tricks)
 
     def as_dict(self) -> dict[str, Any]:
         """Flag names to values: what `parse` reads back from YAML. Methods are recorded with all they stand for."""
@@ -191,7 +195,7 @@ def split_method(name: str, dctps: bool | None = None) -> dict[str, Any]:
     values = {key: value for key, value in METHODS[base].items() if key not in ("update", "static", "tricks")}
     for trick in (*METHODS[base].get("tricks", ()), *tricks):
         if trick not in TRICKS:
-            raise UnknownNameError(f"trick in --method {name}", trick, TRICKS)
+            raise UsageError(f"--method {name}: {UnknownNameError('trick', trick, TRICKS)}")
         values |= TRICKS[trick]
     if ("dctps" in tricks if dctps is None else dctps) and "share" not in tricks:
         values.pop("east_share", None)

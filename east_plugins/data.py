@@ -190,7 +190,7 @@ def load(
     Raises `UnknownNameError`, `UsageError` where files or values are not as they should be.
     """
     if name not in SOURCES:
-        raise UnknownNameError("data set", name, SOURCES)
+        raise UnknownNameError("--data", name, SOURCES)
     source = SOURCES[name]
     _check(name, data_dir, image_size, validation, limit, download)
     if download:

@@ -181,7 +181,7 @@ def test_wrong_files_are_named(text, words, tmp_path):
         ("--method east --density-schedule one-shot", "--density-schedule one-shot"),
         ("--east-cyclic --east-cyclic-length 1e308", "--east-cyclic-length must be a number of epochs"),
         ("--method rigel", "did you mean rigl"),
-        ("--method rigl+dyrulu", "did you mean dyrelu"),
+        ("--method rigl+dyrulu", "--method rigl.dyrulu: unknown trick 'dyrulu'; did you mean dyrelu"),
         ("--growth gradeint", "did you mean gradient"),
         ("--death magnitud", "did you mean magnitude"),
         ("--sparse-init ERQ", "did you mean"),
