@@ -209,12 +209,12 @@ def add_flags(parser: flags.Parser) -> None:
     east.add_flags(parser)
 
 
-def from_flags(given: Mapping[str, Any], method: str = Config.method) -> Config:
+def from_flags(given: Mapping[str, Any], method: str = Config.method, data: str = Config.data) -> Config:
     """The run that parsed flags describe: method preset, then `--config`, then the flags themselves.
 
-    `method` is that of a run for which neither file nor flags name one. Where the flags name another method than the
-    file, what the file says of its own method is left out. Raises `UsageError` for whatever cannot be: an unreadable
-    file, a misspelt key, a value out of range.
+    `method` and `data` are those of a run for which neither file nor flags name one. Where the flags name
+    another method than the file, what the file says of its own method is left out. Raises `UsageError` for whatever
+    cannot be: an unreadable file, a misspelt key, a value out of range.
     """
     given = dict(given)
     if path := given.pop("config", None):
@@ -222,7 +222,7 @@ def from_flags(given: Mapping[str, Any], method: str = Config.method) -> Config:
         if given.get("east"):  # by hand: all three tricks
             file = {name: value for name, value in file.items() if value is not False or name not in _SWITCHES}
         given = {**file, **given}
-    given.setdefault("method", method)
+    given = {"method": method, "data": data, **given}
     values = {**split_method(given["method"], given.get("dctps")), **given}
     names = {field.name for field in dataclasses.fields(Config)}
     options = {name: values[name] for name in names - {"east"} if name in values}

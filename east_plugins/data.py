@@ -214,6 +214,16 @@ def sample(images: Images | ImageFiles, count: int) -> Images | ImageFiles:
     return dataclasses.replace(images, labels=labels, **{content: kept})
 
 
+def known_shape(name: str) -> tuple[int, int] | None:
+    """Channels and pixels of a side of the images of the data set called `name`; None where its files decide.
+
+    Raises `UnknownNameError`.
+    """
+    if name not in SOURCES:
+        raise UnknownNameError("--data", name, SOURCES)
+    return SOURCES[name].shape
+
+
 def names() -> list[str]:
     return list(SOURCES)
 

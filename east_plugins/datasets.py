@@ -252,13 +252,15 @@ def _require(root: Path, part: Path) -> Path:
 
 class Source(NamedTuple):
     """`read(folder, image size)`; what the folder must hold; whether a mirrored image means the same; the
-    torchvision class that can download it; whether a shifted image is still whole (digits fill theirs)."""
+    torchvision class that can download it; whether a shifted image is still whole (digits fill theirs); channels
+    and pixels of an image's side, where the name says them."""
 
     read: Callable[[Path | None, int | None], Splits]
     needs: str
     flip: bool
     torchvision: str = ""
     crop: bool = True
+    shape: tuple[int, int] | None = None
 
 
 _cifar10 = partial(
@@ -267,14 +269,15 @@ _cifar10 = partial(
 _cifar100 = partial(_cifar, "cifar-100-python", "fine_labels", ["train"], ["test"])
 
 SOURCES = {
-    "digits": Source(_digits, "", False, crop=False),
-    "mnist": Source(partial(_mnist, "MNIST"), "MNIST/raw/train-images-idx3-ubyte ...", False, "MNIST"),
+    "digits": Source(_digits, "", False, crop=False, shape=(1, 16)),
+    "mnist": Source(partial(_mnist, "MNIST"), "MNIST/raw/train-images-idx3-ubyte ...", False, "MNIST", shape=(1, 28)),
     "fashionmnist": Source(
-        partial(_mnist, "FashionMNIST"), "FashionMNIST/raw/train-images-idx3-ubyte ...", True, "FashionMNIST"
+        partial(_mnist, "FashionMNIST"), "FashionMNIST/raw/train-images-idx3-ubyte ...", True, "FashionMNIST",
+        shape=(1, 28),
     ),
-    "cifar10": Source(_cifar10, "cifar-10-batches-py/data_batch_1 ...", True, "CIFAR10"),
-    "cifar100": Source(_cifar100, "cifar-100-python/train and test", True, "CIFAR100"),
-    "tinyimagenet": Source(_tinyimagenet, "tiny-imagenet-200/train/<class>/ and val/", True),
-    "imagenet": Source(partial(_folders, "train", "val"), "train/<class>/ and val/<class>/", True),
+    "cifar10": Source(_cifar10, "cifar-10-batches-py/data_batch_1 ...", True, "CIFAR10", shape=(3, 32)),
+    "cifar100": Source(_cifar100, "cifar-100-python/train and test", True, "CIFAR100", shape=(3, 32)),
+    "tinyimagenet": Source(_tinyimagenet, "tiny-imagenet-200/train/<class>/ and val/", True, shape=(3, 64)),
+    "imagenet": Source(partial(_folders, "train", "val"), "train/<class>/ and val/<class>/", True, shape=(3, 224)),
     "folder": Source(partial(_folders, "train", "test"), "train/<class>/ and test/<class>/", True),
 }

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from . import activations, bench, config, flags, models, registry, runs
+from . import activations, bench, config, data, flags, models, registry, runs
 from .activations.phased import attach
 from .analysis.costs import costs
 from .config import Config
@@ -23,7 +23,7 @@ from .schedules.density import Constant
 def main(argv: Sequence[str]) -> int:
     parser = flags.Parser(prog="east_plugins info", description="What a network costs; no training.")
     parser.add_argument("--classes", type=int, default=10, metavar="N", help="outputs of the network (default: 10)")
-    parser.add_argument("--channels", type=int, default=3, metavar="N", help="channels of an image (default: 3)")
+    parser.add_argument("--channels", type=int, metavar="N", help="channels of an image (default: of --data, or 3)")
     parser.add_argument("--latency", action="store_true", help="with --dctps: time inference beside plain layers")
     parser.add_argument("--json", action="store_true", help="one JSON object in place of the table")
     config.add_flags(parser)
@@ -32,7 +32,10 @@ def main(argv: Sequence[str]) -> int:
     if given.get("model") == "help":
         print("\n".join([*models.names(), "torchvision:<name>"]))
         return 0
-    options = config.from_flags(given, method="rigl")
+    options = config.from_flags(given, method="rigl", data="cifar10")
+    own_channels, size = data.known_shape(options.data) or (3, 32)
+    channels = own_channels if channels is None else channels
+    options = dataclasses.replace(options, image_size=options.image_size or size)
     report = describe(options, classes, channels)
     if timed:
         report["latency"] = latency(options, classes, channels)
@@ -41,14 +44,15 @@ def main(argv: Sequence[str]) -> int:
 
 
 def describe(options: Config, classes: int, channels: int) -> dict[str, Any]:
-    """Parameters, memory, MACs and layer densities of a configuration, and the effective density of its mask.
+    """Parameters, memory, MACs and layer densities of a configuration with an `image_size`, and the effective density
+    of its mask.
 
     With DyReLU the parameters are those of the phase in which it is there; MACs are those of inference, after it.
     """
     if classes < 1 or channels < 1:
         raise UsageError(f"--classes and --channels must be at least 1, got {classes} and {channels}")
     options = options.resolve(steps_per_epoch=352)
-    shape = (channels, options.image_size or 32, options.image_size or 32)
+    shape = (channels, options.image_size, options.image_size)
     model = runs.build_model(options, classes, shape)
     host = Masking(torch.optim.SGD(model.parameters()), growth_mode="random", schedule=Constant(options.density),
                    seed=options.seed)
@@ -71,7 +75,7 @@ def latency(options: Config, classes: int, channels: int, repeats: int = 15) -> 
         raise UsageError("--latency needs --dctps, whose layers it times beside plain ones")
     if options.threads:
         torch.set_num_threads(options.threads)
-    shape = (channels, options.image_size or 32, options.image_size or 32)
+    shape = (channels, options.image_size, options.image_size)
     x = torch.zeros(1, *shape)
     networks = {
         "plain": runs.build_model(dataclasses.replace(options, dctps=False), classes, shape).eval(),

@@ -313,6 +313,25 @@ def test_info_prints_one_object(capsys):
     assert report["nonzeros"] == round(0.0005 * report["maskable"]) >= report["effective_density"] * report["maskable"]
 
 
+@pytest.mark.parametrize(
+    "flags, channels, size",
+    [("--data digits", 1, 16), ("--data mnist", 1, 28), ("--data cifar100", 3, 32), ("", 3, 32),
+     ("--data folder", 3, 32), ("--data digits --image-size 8 --channels 2", 2, 8)],
+)
+def test_info_counts_images_as_the_data_has_them(flags, channels, size, capsys):
+    common = "info --model resnet20 --width 4 --density 0.2 --json".split()
+    macs = []
+    for line in (flags, f"--channels {channels} --image-size {size}"):
+        assert main([*common, *line.split()]) == 0
+        macs.append(json.loads(capsys.readouterr().out)["dense_macs"])
+    assert macs[0] == macs[1]
+
+
+def test_info_refuses_data_that_there_is_not(capsys):
+    assert main("info --data nonsense".split()) == 2
+    assert "unknown --data 'nonsense'" in capsys.readouterr().err
+
+
 def test_info_describes_the_method_of_its_config(tmp_path, capsys):
     shared = []
     for line in ("method: rigl+share", "method: rigl", "east-share: true"):
