@@ -223,10 +223,11 @@ def from_flags(given: Mapping[str, Any], method: str = Config.method, data: str 
             file = {name: value for name, value in file.items() if value is not False or name not in _SWITCHES}
         given = {**file, **given}
     given = {"method": method, "data": data, **given}
-    values = {**split_method(given["method"], given.get("dctps")), **given}
+    preset = split_method(given["method"], given.get("dctps"))
+    values = {**preset, **given}
     names = {field.name for field in dataclasses.fields(Config)}
     options = {name: values[name] for name in names - {"east"} if name in values}
-    return Config(**options, east=east.from_flags(values))
+    return Config(**options, east=east.from_flags(given, preset))
 
 
 _SWITCHES = ("east_cyclic", "east_dyrelu", "east_share")

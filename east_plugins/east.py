@@ -143,14 +143,16 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     flags.add_flags(group, EastOptions, prefix="east_")
 
 
-def from_flags(given: Mapping[str, Any]) -> EastOptions:
+def from_flags(given: Mapping[str, Any], preset: Mapping[str, Any] | None = None) -> EastOptions:
     """Options from parsed flags: `given` maps `east`, `east_config`, `east_cyclic_length`, ... to values.
 
-    Raises `UsageError` for a flag whose trick is not on, or an unreadable file.
+    They go before the file of `east_config`, and that before `preset`, a mapping as `given`. Raises `UsageError` for a
+    flag whose trick is not on, or an unreadable file.
     """
-    values = _read_file(given["east_config"]) if given.get("east_config") else {}
     names = {field.name for field in dataclasses.fields(EastOptions)}
-    values |= {name: given[f"east_{name}"] for name in names if f"east_{name}" in given}
+    file = _read_file(given["east_config"]) if given.get("east_config") else {}
+    before, by_hand = ({n: some[f"east_{n}"] for n in names if f"east_{n}" in some} for some in (preset or {}, given))
+    values = {**before, **file, **by_hand}
     if given.get("east"):
         values = {"cyclic": True, "dyrelu": True, "share": True, **values}
     return from_values(values)

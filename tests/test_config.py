@@ -244,3 +244,11 @@ def test_dctps_rows_are_the_papers():
     assert options.dctps and options.update_frequency == options.east.cyclic_update_frequency == 100
     east = options.east
     assert (east.cyclic_cycles, east.cyclic_length, east.cyclic_multiplier, east.share) == (2, 50, 3, False)
+
+
+def test_a_trick_that_the_file_of_east_switches_off_stays_off(tmp_path):
+    (tmp_path / "east.yaml").write_text("cyclic: false\ndyrelu_end: 3\n")
+    east = parse(f"--method east --epochs 8 --east-config {tmp_path / 'east.yaml'}").east
+    assert (east.cyclic, east.dyrelu, east.share, east.dyrelu_end) == (False, True, True, 3)
+    again = parse(f"--method east --epochs 8 --east-cyclic --east-config {tmp_path / 'east.yaml'}").east
+    assert again.cyclic
