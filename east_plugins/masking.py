@@ -300,15 +300,15 @@ class Masking(Surface):
         )
         if self.keep_connected:
             self._reconnect(layers, before)
-        kept = [layer.mask.view(-1)[active.flat] for layer, active in zip(layers, old, strict=True)]
-        kept_counts = fetch([stays.sum().view(1) for stays in kept])
-        for layer, active, stays, number, count in zip(layers, old, kept, kept_counts, counts, strict=True):
+        gone = [~layer.mask.view(-1)[active.flat] for layer, active in zip(layers, old, strict=True)]
+        numbers = fetch([each.sum().view(1) for each in gone])
+        for layer, active, dropped, number, count in zip(layers, old, gone, numbers, counts, strict=True):
             self.name2nonzeros[layer.name] = count
-            self.num_remove[layer.name] = len(active) - int(number)
+            self.num_remove[layer.name] = int(number)
             self.fired_masks[layer.name] |= layer.mask
             weight = self.weights[layer.name]
             for tensor in (layer.weight, *state_tensors(self.optimizer, weight)):
-                active.keep(tensor, stays)
+                active.drop(tensor, dropped)
             self.packed.move(weight, self.active(layer.name))
         self._masked_gradients.follow(self.masks)
 

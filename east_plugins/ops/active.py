@@ -57,9 +57,9 @@ class Active:
             self._places[strides] = sum((axis * stride for axis, stride in along), torch.zeros_like(self.flat))
         return self._places[strides]
 
-    def keep(self, dense: Tensor, stays: Tensor) -> None:
-        """Set to zero the active entries of `dense` that do not stay; `stays` is boolean, [active]."""
-        self.put(dense, torch.where(stays, self.values(dense), 0))
+    def drop(self, dense: Tensor, gone: Tensor) -> None:
+        """Set to zero the active entries of `dense` that are gone; `gone` is boolean, [active]."""
+        self.put(dense, self.values(dense).masked_fill_(gone, 0))
 
     def spread(self, values: Tensor) -> Tensor:
         """A tensor of the mask's shape with `values` at the active positions and zeros elsewhere."""
