@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
 # cuda.sh [--tiny] [--itop CHECKOUT] [--out DIR]    GPU tests, step and update times; at most 9 minutes, table last
+# cuda.sh --compiled [--tiny] [--out DIR]          the step times with torch.compile; at most 9 minutes
 # cuda.sh experiment PART [--tiny] --data FOLDER_OR_ARCHIVE --out DIR [--epochs N] [--seeds N,N] [--jobs N]
 #                                                   one part of the experiment; at most 9 minutes, again to go on
 # cuda.sh experiment table --out DIR                the table of what is finished

@@ -26,6 +26,7 @@ TESTS = {  # seconds and files; what concerns a GPU most comes first
 TINY_TESTS = {"tests of selection": (60, ["tests/ops/test_select.py"])}
 STEPS = {"resnet34": 110, "resnet50": 130}
 UPDATE = ("resnet50", 60)
+COMPILED = {"resnet34": 240, "resnet50": 280}  # most of it compiling
 #: Most that is allowed, as a multiple of the dense step.
 TARGETS = {
     "ours": 1.03, "ours, engine auto": 1.03, "EAST, DyReLU": 1.35, "EAST, DyReLU fading": 1.35, "EAST, after": 1.03,
@@ -74,6 +75,7 @@ def measured(what: str, model: str, seconds: float, args, out: Path) -> dict:
         command += ["--device", "cuda" if torch.cuda.is_available() else "cpu"]
     else:
         command += ["--model", model]
+    command += ["--compiled"] * args.compiled
     if args.itop and what == "steps":
         command += ["--itop", str(args.itop.resolve())]
     state = run(command, seconds, out / f"{what}-{model}.txt")
@@ -113,6 +115,7 @@ def judged(value: float, most: float | None, tiny: bool) -> str:
 def main() -> int:
     parser = flags.Parser(prog="cuda.sh", description=__doc__)
     parser.add_argument("--tiny", action="store_true", help="small networks, few tests; also without CUDA")
+    parser.add_argument("--compiled", action="store_true", help="only training steps, all networks by torch.compile")
     parser.add_argument("--itop", type=Path, metavar="CHECKOUT", help="checkout of ITOP, to time its host beside ours")
     parser.add_argument("--out", type=Path, default=Path("runs/cuda"), metavar="DIR", help="folder of the results")
     args = parser.parse_args()
@@ -126,23 +129,28 @@ def main() -> int:
     result = {"device": device, "torch": str(torch.__version__), "tiny": args.tiny, "tests": {}, "steps": {},
               "updates": {}}  # fmt: skip
 
+    name = "cuda-compiled.json" if args.compiled else "cuda.json"
+
     def left(seconds: float) -> float:
         return min(seconds, LIMIT - (time.monotonic() - began))
 
-    def note(kind: str, name: str, part: dict) -> None:
-        result[kind][name] = part
+    def note(kind: str, what: str, part: dict) -> None:
+        result[kind][what] = part
         result["seconds"] = time.monotonic() - began
-        runs.write_atomically(out / "cuda.json", json.dumps(result, indent=1) + "\n")
-        print(f"{result['seconds']:>5.0f} s  {kind}, {name}: {part['state']}", file=sys.stderr, flush=True)
+        runs.write_atomically(out / name, json.dumps(result, indent=1) + "\n")
+        print(f"{result['seconds']:>5.0f} s  {kind}, {what}: {part['state']}", file=sys.stderr, flush=True)
 
-    model, seconds = ("resnet34" if args.tiny else UPDATE[0]), UPDATE[1]
-    note("updates", model, measured("update", model, left(seconds), args, out))
-    for model, seconds in list(STEPS.items())[: 1 if args.tiny else None]:
+    parts = COMPILED if args.compiled else STEPS
+    if not args.compiled:
+        model, seconds = ("resnet34" if args.tiny else UPDATE[0]), UPDATE[1]
+        note("updates", model, measured("update", model, left(seconds), args, out))
+    for model, seconds in list(parts.items())[: 1 if args.tiny else None]:
         note("steps", model, measured("steps", model, left(seconds), args, out))
-    for name, (seconds, files) in (TINY_TESTS if args.tiny else TESTS).items():
-        note("tests", name, tests(name, left(seconds), files, out))
+    if not args.compiled:
+        for title, (seconds, files) in (TINY_TESTS if args.tiny else TESTS).items():
+            note("tests", title, tests(title, left(seconds), files, out))
     print(table(result))
-    print(f"\nJSON: {out / 'cuda.json'}")
+    print(f"\nJSON: {out / name}")
     return 0
 
 

@@ -48,6 +48,7 @@ class Step:
             self.update = self._itop(args).step
         if phased:
             phased.set_beta(beta)
+        self.forward = torch.compile(self.model) if args.compiled else self.model
         self.x = torch.randn(args.batch_size, *SHAPE, device=self.device).to(memory_format=torch.channels_last)
         self.labels = torch.arange(args.batch_size, device=self.device) % 10
 
@@ -68,7 +69,7 @@ class Step:
         for _ in range(count):
             self.optimizer.zero_grad()
             with torch.autocast(self.device.type, torch.bfloat16):
-                loss = F.cross_entropy(self.model(self.x), self.labels)
+                loss = F.cross_entropy(self.forward(self.x), self.labels)
             loss.backward()
             self.update()
         issued = time.perf_counter()
@@ -90,6 +91,8 @@ def candidates(args: argparse.Namespace) -> dict[str, Callable[[], Step]]:
         "EAST, DyReLU fading": lambda: Step(args, "east", beta=0.5),
         "EAST, after": lambda: Step(args, "east"),
     }
+    if args.compiled:
+        del found["ours, engine auto"]  # its sparse passes are compiled in their own way
     if args.itop:
         found["ITOP"] = lambda: Step(args, "itop")
     return found
@@ -194,6 +197,7 @@ def main() -> None:
     parser.add_argument("--inner", type=int, default=10, help="steps between two looks at the clock")
     parser.add_argument("--seconds", type=float, default=60, help="no new round after so many")
     parser.add_argument("--itop", type=Path)
+    parser.add_argument("--compiled", action="store_true", help="networks by torch.compile")
     args = parser.parse_args()
     torch.backends.cudnn.benchmark = True
     {"steps": steps, "update": update}[args.what](args)
