@@ -174,7 +174,7 @@ def _read_file(path: str) -> dict[str, Any]:
     switches = {field.name for field in dataclasses.fields(EastOptions) if field.type == "bool"}
     content = read_yaml(path, "--east-config")
     content = {str(key).replace("-", "_").removeprefix("east_"): value for key, value in content.items()}
-    arguments = flags.as_arguments(content, parser, path)
+    arguments = flags.as_arguments(content, parser, f"--east-config {path}")
     for key in switches & content.keys():
         if not isinstance(content[key], bool | None):
             raise UsageError(f"--east-config {path}: {key} must be true or false, got {content[key]!r}")

@@ -317,7 +317,7 @@ def test_a_script_without_a_known_host_is_refused(capsys, lines, message):
         ("cyclic_multiplier: abc", "cyclic-multiplier: invalid float value: 'abc'"),
         ("cyclic-cycles: 1.5", "cyclic-cycles: invalid int value: '1.5'"),
         ("cyclic_length: [1, 2]", "cyclic-length: invalid float value: '1,2'"),
-        ("cyclic_length: true", "cyclic-length: expected one argument"),
+        ("cyclic_length: true", "--east-config e.yaml: cyclic_length must be a number, got true"),
         ("dyrelu_end: abc", "dyrelu-end: invalid float value: 'abc'"),
         ("cyclic_pattern: saw", "cyclic-pattern: invalid choice: 'saw'"),
         ("dyrelu: 'false'", "dyrelu must be true or false, got 'false'"),

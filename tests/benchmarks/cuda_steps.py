@@ -93,6 +93,7 @@ def candidates(args: argparse.Namespace) -> dict[str, Callable[[], Step]]:
     }
     if args.compiled:
         del found["ours, engine auto"]  # its sparse passes are compiled in their own way
+        del found["EAST, DyReLU fading"]  # as long as in its phase, and a minute to compile
     if args.itop:
         found["ITOP"] = lambda: Step(args, "itop")
     return found
