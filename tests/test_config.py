@@ -252,3 +252,10 @@ def test_a_trick_that_the_file_of_east_switches_off_stays_off(tmp_path):
     assert (east.cyclic, east.dyrelu, east.share, east.dyrelu_end) == (False, True, True, 3)
     again = parse(f"--method east --epochs 8 --east-cyclic --east-config {tmp_path / 'east.yaml'}").east
     assert again.cyclic
+
+
+def test_the_files_for_cifar_leave_the_start_to_the_method():
+    configs = Path(__file__).parents[1] / "configs"
+    for path in configs.glob("cifar*.yaml"):
+        assert parse(f"--config {path} --method rigl+connected").resolve(352).sparse_init == "connected"
+        assert parse(f"--config {path} --method rigl").resolve(352).sparse_init == "ERK"
