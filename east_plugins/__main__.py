@@ -12,22 +12,22 @@ from .errors import EastError, UnknownNameError
 
 #: Command to module, function, and its line of help.
 COMMANDS = {
-    "run": ("launch", "main", "run an existing script unmodified, with EAST attached to the host it builds"),
+    "run": ("upstream.launch", "main", "run an existing script unmodified, with EAST attached to the host it builds"),
     "train": ("__main__", "train", "train one network with the built-in trainer"),
-    "compare": ("compare", "main", "train several methods and make a table and a plot"),
-    "info": ("info", "main", "parameters, memory and MACs of a network; no training"),
-    "analyze": ("analyze", "main", "topology, gradient flow and activations of finished runs"),
-    "export": ("export", "main", "write a run's sparse network as a deployable file"),
-    "bench": ("bench", "main", "timings as ratios, side by side in one process"),
-    "patch": ("patching", "main", "add the --east-* flags to a checkout of a published script"),
-    "plugins": ("info", "plugins", "list everything registered"),
+    "compare": ("training.compare", "main", "train several methods and make a table and a plot"),
+    "info": ("commands.info", "main", "parameters, memory and MACs of a network; no training"),
+    "analyze": ("commands.analyze", "main", "topology, gradient flow and activations of finished runs"),
+    "export": ("commands.export", "main", "write a run's sparse network as a deployable file"),
+    "bench": ("commands.bench", "main", "timings as ratios, side by side in one process"),
+    "patch": ("upstream.patching", "main", "add the --east-* flags to a checkout of a published script"),
+    "plugins": ("commands.info", "plugins", "list everything registered"),
 }
 
 
 def train(argv: Sequence[str]) -> int:
     """The command `train`."""
-    from . import config, flags
-    from .train import train
+    from .options import config, flags
+    from .training.trainer import train
 
     parser = flags.Parser(prog="east_plugins train", description="Train one network; flags have ITOP's names.")
     parser.add_argument("--out", type=flags.folder, required=True, metavar="DIR", help="folder of the run")

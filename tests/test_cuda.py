@@ -10,15 +10,16 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from east_plugins import Masking, models, runs
-from east_plugins.activations import factory
-from east_plugins.activations.phased import PhaseOut, attach
-from east_plugins.config import from_flags
-from east_plugins.ops.optimizer_state import state_tensors
-from east_plugins.progress import Progress
-from east_plugins.schedules.density import Cyclic
+from east_plugins import Masking
+from east_plugins.host.optimizer_state import state_tensors
+from east_plugins.options.config import from_flags
+from east_plugins.plugins.activation import factory
+from east_plugins.plugins.activation.phased import PhaseOut, attach
+from east_plugins.plugins.density import Cyclic
 from east_plugins.sparse import Engine
-from east_plugins.train import Interrupted, Trainer, train
+from east_plugins.training import models, runs
+from east_plugins.training.progress import Progress
+from east_plugins.training.trainer import Interrupted, Trainer, train
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
 DEVICE = "cuda"

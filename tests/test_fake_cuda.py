@@ -5,9 +5,10 @@ import torch
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from east_plugins import Masking, models
-from east_plugins.activations import factory
-from east_plugins.activations.phased import PhaseOut, attach
+from east_plugins import Masking
+from east_plugins.plugins.activation import factory
+from east_plugins.plugins.activation.phased import PhaseOut, attach
+from east_plugins.training import models
 
 OPTIMIZERS = {  # a fused one has no fake: it would be run
     "sgd": lambda p: torch.optim.SGD(p, 0.05, momentum=0.9, weight_decay=1e-3, foreach=True),

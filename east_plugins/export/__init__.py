@@ -1,7 +1,7 @@
 """The sparse network as a deployable file: exact, small and fast."""
 
+from ..commands.export import main
 from .c import CFile
-from .command import main
 from .formats import load_sparse, to_c, to_onnx
 from .safetensors import to_safetensors
 from .verify import DisagreementError, run_c, run_onnx, verify

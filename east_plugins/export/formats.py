@@ -52,7 +52,8 @@ def load_sparse(path: str | Path, model: nn.Module | None = None) -> tuple[nn.Mo
     """
     state, masks, network = read_safetensors(path)
     if model is None:
-        from .. import config, runs
+        from ..options import config
+        from ..training import runs
 
         if "config" not in network:
             raise UsageError(f"{path} does not say which network it is of: pass the model to load_sparse")

@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from ..dct import materialize
 from ..errors import UsageError
+from ..plugins.transform.dct import materialize
 
 SUPPORTED = (
     "1d and 2d convolution, linear, batch norm, ReLU, max and average pooling, addition, arithmetic with constants, "

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..host.packed import Copies
 from ..ops.active import Active, All
-from ..ops.packed import Copies
 from . import kernel
 
 

@@ -14,14 +14,14 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from ..errors import UsageError
-from ..masking import Masking
+from ..host.masking import Masking
+from ..host.packed import Copies
 from ..ops import distributed
 from ..ops.active import Active
 from ..ops.maskable import layers, maskable, unwrap
 from ..ops.modes import training_mode
-from ..ops.packed import Copies
 from ..ops.swap import restore, swap
-from ..sharing import scale_of
+from ..plugins.transform.sharing import scale_of
 from .copies import CompiledCopies
 from .gradient import GradientPlan, gradient_plans
 from .layers import PLAIN, LayerPlan, NormPlan, Planned, Sink, Slot

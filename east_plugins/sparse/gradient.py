@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn.grad import conv2d_weight
 
 from ..ops.active import Active
-from ..sharing import scale_of
+from ..plugins.transform.sharing import scale_of
 from .layers import LayerPlan, NormPlan
 from .split import Channels, Split
 from .taps import planes, supported

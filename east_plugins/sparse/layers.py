@@ -13,7 +13,7 @@ from torch.nn.modules.conv import _ConvNd
 
 from ..ops.active import Active
 from ..ops.swap import Swapped
-from ..sharing import scale_of
+from ..plugins.transform.sharing import scale_of
 from .norm import normalise, normalise_with
 from .split import Channels, Split
 from .taps import TapConvolution, supported

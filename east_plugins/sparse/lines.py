@@ -7,7 +7,7 @@ import ctypes
 import torch
 from torch import Tensor
 
-from ..activations import dyrelu
+from ..plugins.activation import dyrelu
 from . import kernel
 from .taps import in_planes, planes
 

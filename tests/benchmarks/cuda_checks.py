@@ -14,14 +14,15 @@ from pathlib import Path
 
 import torch
 
-from east_plugins import flags, runs
 from east_plugins.errors import UsageError
+from east_plugins.options import flags
+from east_plugins.training import runs
 
 ROOT = Path(__file__).resolve().parents[2]
 LIMIT = 530  # seconds, all parts together
 TESTS = {  # seconds and files; what concerns a GPU most comes first
     "tests on CUDA": (160, ["tests/test_cuda.py"]),
-    "tests of the host": (60, ["tests/test_masking.py", "tests/ops"]),
+    "tests of the host": (60, ["tests/host/test_masking.py", "tests/ops"]),
 }
 TINY_TESTS = {"tests of selection": (60, ["tests/ops/test_select.py"])}
 STEPS = {"resnet34": 110, "resnet50": 130}

@@ -22,8 +22,9 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from east_plugins import compare, config, flags, runs
 from east_plugins.errors import UsageError
+from east_plugins.options import config, flags
+from east_plugins.training import compare, runs
 
 LIMIT = 520  # seconds of a call
 SAVING = 20  # seconds of it that stopped runs have for writing their state

@@ -13,13 +13,14 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-from east_plugins import models, registry, runs
-from east_plugins.activations import factory
-from east_plugins.activations.phased import attach
-from east_plugins.bench import itop_core
-from east_plugins.itop import CosineDecay
-from east_plugins.masking import Masking
+from east_plugins.commands.bench import itop_core
+from east_plugins.host.itop import CosineDecay
+from east_plugins.host.masking import Masking
+from east_plugins.plugins import registry
+from east_plugins.plugins.activation import factory
+from east_plugins.plugins.activation.phased import attach
 from east_plugins.sparse import Engine
+from east_plugins.training import models, runs
 
 SHAPE = (3, 32, 32)
 

@@ -5,7 +5,8 @@ from argparse import Namespace
 import pytest
 import torch
 
-from east_plugins.export import bench, subject
+from east_plugins.measure import inference as bench
+from east_plugins.measure import networks as subject
 
 ARGS = Namespace(batch=[1], repeats=15, threads=1, seed=0)
 

@@ -5,7 +5,7 @@ from argparse import Namespace
 import pytest
 import torch
 
-from east_plugins.sparse import bench
+from east_plugins.measure import step as bench
 
 pytestmark = pytest.mark.slow
 

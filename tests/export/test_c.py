@@ -8,8 +8,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from east_plugins import UsageError, export, models
+from east_plugins import UsageError, export
 from east_plugins.ops.maskable import maskable
+from east_plugins.training import models
 
 COMPILERS = [
     pytest.param(name, marks=pytest.mark.skipif(not shutil.which(name), reason="not installed"))

@@ -6,9 +6,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from east_plugins import export, models
+from east_plugins import export
 from east_plugins.ops.maskable import maskable
-from east_plugins.sharing import share
+from east_plugins.plugins.transform.sharing import share
+from east_plugins.training import models
 
 STRICT = ("-std=c99", "-pedantic", "-Wall", "-Wextra", "-Werror", "-O1")
 

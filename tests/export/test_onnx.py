@@ -8,9 +8,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from east_plugins import export, models
+from east_plugins import export
 from east_plugins.export import onnx as writer
 from east_plugins.ops.maskable import maskable
+from east_plugins.training import models
 
 
 @pytest.fixture(params=["dense", "taps"])

@@ -2,10 +2,11 @@ import pytest
 import torch
 from torch import nn
 
-from east_plugins import UsageError, export, models
-from east_plugins.init.layerwise import budgets, random_mask
+from east_plugins import UsageError, export
 from east_plugins.ops.maskable import maskable
-from east_plugins.sharing import share
+from east_plugins.plugins.allocation.layerwise import budgets, random_mask
+from east_plugins.plugins.transform.sharing import share
+from east_plugins.training import models
 
 
 def masked(model, total, seed=0):

@@ -5,10 +5,10 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from east_plugins import models
 from east_plugins.ops.channels import trace
 from east_plugins.ops.maskable import maskable
-from east_plugins.sharing import share
+from east_plugins.plugins.transform.sharing import share
+from east_plugins.training import models
 
 
 def wiring_of(model, input_shape):

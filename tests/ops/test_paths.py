@@ -9,14 +9,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from east_plugins import models
-from east_plugins.activations.dyrelu import DyReLUB
-from east_plugins.activations.phased import attach
-from east_plugins.dct.convert import convert
-from east_plugins.init.layerwise import random_mask
 from east_plugins.ops.maskable import maskable, theoretical_size
 from east_plugins.ops.paths import effective_density, on_path, path_positions
-from east_plugins.sharing import share
+from east_plugins.plugins.activation.dyrelu import DyReLUB
+from east_plugins.plugins.activation.phased import attach
+from east_plugins.plugins.allocation.layerwise import random_mask
+from east_plugins.plugins.transform.dct.convert import convert
+from east_plugins.plugins.transform.sharing import share
+from east_plugins.training import models
 
 
 def masks_of(model, *active):

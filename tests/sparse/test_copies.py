@@ -3,8 +3,8 @@
 import pytest
 import torch
 
+from east_plugins.host.packed import Copies
 from east_plugins.ops.active import Active, All
-from east_plugins.ops.packed import Copies
 from east_plugins.sparse import kernel
 from east_plugins.sparse.copies import CompiledCopies
 

@@ -10,14 +10,15 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from east_plugins import Masking, models
-from east_plugins.activations import PhaseOut, attach, factory
-from east_plugins.dct import convert
+from east_plugins import Masking
 from east_plugins.errors import UsageError
 from east_plugins.ops.paths import effective_density
-from east_plugins.schedules.density import Constant, Cyclic
-from east_plugins.sharing import share
+from east_plugins.plugins.activation import PhaseOut, attach, factory
+from east_plugins.plugins.density import Constant, Cyclic
+from east_plugins.plugins.transform.dct import convert
+from east_plugins.plugins.transform.sharing import share
 from east_plugins.sparse import Engine, kernel
+from east_plugins.training import models
 
 SHAPE = (3, 8, 8)
 

@@ -1,0 +1,49 @@
+"""A rule as a host calls it: found by name or given as a function, its options filled in, its answers checked."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..errors import UsageError
+from ..plugins import registry
+from ..plugins.protocols import Layer
+from . import legacy
+
+
+def bound(kind: str, spec: str | Callable, host: Any) -> tuple[str, Callable[[Layer, int], Tensor], set[str]]:
+    """Name of a rule, the rule as a function of layer and count, and what it needs of the layer ("grad", "momentum").
+
+    Raises `UnknownNameError` for an unknown name and `UsageError` for what is no function; the function raises
+    `UsageError` for an answer that is not one score a weight (redistribution: one number).
+    """
+    if isinstance(spec, str):
+        entry = registry.BY_KIND[kind].entry(spec)
+        name, function, meta = entry.name, entry.object, entry.meta
+    else:
+        name, function, meta = getattr(spec, "__name__", str(spec)), spec, getattr(spec, "east_meta", {})
+    if not callable(function):
+        raise UsageError(f"{kind} rule {name} must be a function, is {type(function).__name__}")
+    if legacy.is_legacy(kind, function):
+        rule, needs = legacy.adapt(kind, function, host), {"grad", "momentum"}
+    else:
+        options = {option: getattr(host, option) for option in meta.get("options", ())}
+        rule, needs = (lambda layer, count: function(layer, **options)), set(meta.get("needs", ()))
+
+    def checked(layer: Layer, count: int) -> Tensor:
+        answer = rule(layer, count)
+        if kind == "redistribution":
+            right = isinstance(answer, (int, float)) or (isinstance(answer, Tensor) and answer.numel() == 1)
+            wanted = "one number"
+        else:
+            right = isinstance(answer, Tensor) and answer.shape == layer.weight.shape
+            wanted = f"one score for each of the {'x'.join(map(str, layer.weight.shape))} weights"
+        if not right:
+            found = f"shape {list(answer.shape)}" if isinstance(answer, Tensor) else type(answer).__name__
+            raise UsageError(f"{kind} rule {name} returned {found} for layer {layer.name}, expected {wanted}")
+        return torch.as_tensor(answer)
+
+    return name, checked, needs

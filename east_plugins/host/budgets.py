@@ -1,0 +1,60 @@
+"""How a host shares out its active weights: the masks it begins with, and every layer's budget from then on."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import UsageError
+from ..ops.counts import apportion
+from ..plugins import registry
+from ..plugins.allocation.layerwise import budgets, random_mask
+
+
+class Allocation:
+    """A registered allocation, for one model."""
+
+    def __init__(self, name: str):
+        self.name = name
+        self.meta = registry.allocation.entry(name).meta
+        self.drawn: dict[str, int] | None = None  #: active weights that scores gave the layers at first, if they did
+        self._budgets: tuple[tuple, dict[str, int]] | None = None
+
+    def draw(
+        self,
+        model: nn.Module,
+        weights: Mapping[str, Tensor],
+        total: int,
+        input_shape: Sequence[int] | None,
+        generator: torch.Generator,
+    ) -> dict[str, Tensor]:
+        """Boolean masks of the weights with `total` active ones over all; raises `UsageError` where an input's shape
+        is needed and None."""
+        counts = self.budgets(weights, total)
+        if not self.meta.get("draws"):
+            return {name: random_mask(weight.shape, counts[name], generator) for name, weight in weights.items()}
+        if input_shape is None:
+            raise UsageError(f"--sparse-init {self.name} needs add_module(..., input_shape=(channels, height, width))")
+        masks = registry.allocation.get(self.name)(model, counts, input_shape, generator)
+        if self.meta.get("keeps_counts"):  # the scores, not the allocation, gave the layers their shares
+            self.take({name: int(mask.sum()) for name, mask in masks.items()})
+        return masks
+
+    def take(self, drawn: dict[str, int] | None) -> None:
+        """Give every layer its share of these counts from here on."""
+        self.drawn, self._budgets = drawn, None
+
+    def budgets(self, weights: Mapping[str, Tensor], total: int) -> dict[str, int]:
+        """Active weights of every layer, `total` over all."""
+        if self._budgets is None or self._budgets[0] != (total, *weights):
+            self._budgets = (total, *weights), self._computed(weights, total)
+        return self._budgets[1]
+
+    def _computed(self, weights: Mapping[str, Tensor], total: int) -> dict[str, int]:
+        if self.drawn is not None:
+            sizes = [weight.numel() for weight in weights.values()]
+            return dict(zip(weights, apportion([self.drawn[name] for name in weights], total, 1, sizes), strict=True))
+        base = self.meta.get("budgets", "ERK") if self.meta.get("draws") else self.name
+        return budgets(base, {name: weight.shape for name, weight in weights.items()}, total)

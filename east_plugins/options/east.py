@@ -1,0 +1,185 @@
+"""EAST's options: one dataclass that becomes the `--east-*` flags of every command, and back.
+
+Lengths are in epochs as in the paper's Table B.1, update frequencies in optimizer steps. What is not given by hand
+is Table B.1's value for 250 epochs of 352 steps, scaled to the run (`EastOptions.resolve`).
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from ..errors import UsageError
+from ..plugins.activation.phased import PhaseOut
+from ..plugins.density import PATTERNS, Constant, Cyclic
+from . import flags
+from .flags import option, read_yaml
+
+#: Table B.1's run: 250 epochs of 45,000 images (a tenth is for validation, as in ITOP's code) in batches of 128.
+REFERENCE_EPOCHS = 250
+REFERENCE_STEPS = 250 * 352
+
+
+@dataclass(frozen=True)
+class EastOptions:
+    """Which of the three tricks are on, and their numbers; None where the default depends on the run's length."""
+
+    cyclic: bool = option(False, "cyclic sparsity: the density swings up and back, then stays at the target")
+    cyclic_pattern: str = option("triangular", "shape of a cycle", choices=sorted(PATTERNS))
+    cyclic_cycles: int = option(2, "number of cycles", type=int)
+    cyclic_length: float | None = option(
+        None, "epochs of the first cycle (default: a fifth of the run, as 50 of 250)", type=float
+    )
+    cyclic_multiplier: float = option(10.0, "peak density as a multiple of the target", type=float)
+    cyclic_length_mult: float = option(1.0, "length of each cycle as a multiple of the one before", type=float)
+    cyclic_update_frequency: int | None = option(
+        None,
+        "steps between topology updates inside the cycles (default: the run's steps / 251, as 350 of 88,000)",
+        type=int,
+    )
+    dyrelu: bool = option(False, "phased activation: DyReLU for every ReLU at first, plain ReLU at the end")
+    dyrelu_type: str = option(
+        "b", "DyReLU-A, -B or -C, the name of any activation factory (`plugins` lists them), or module:factory"
+    )
+    dyrelu_reduction: int | None = option(
+        None, "DyReLU's hidden layer has a channel for every N of its input (default: 4)", type=int
+    )
+    dyrelu_start: float | None = option(
+        None, "epoch at which the phase-out starts (default: half of its end)", type=float
+    )
+    dyrelu_end: float | None = option(
+        None, "epoch at which plain ReLU is left (default: just before the first learning-rate drop)", type=float
+    )
+    share: bool = option(False, "weight sharing between the equal blocks of every residual stage")
+    share_from: int = option(2, "block of a stage, counted from 1, that lends its weights to the later ones", type=int)
+
+    def __post_init__(self):
+        for name, low in (("cyclic_length", 0), ("dyrelu_start", -1), ("dyrelu_end", -1)):
+            value = getattr(self, name)
+            if value is not None and not low < value < 1e9:
+                raise UsageError(f"{flag(name)} must be a number of epochs, got {value}")
+        if self.cyclic_pattern not in PATTERNS:
+            allowed = ", ".join(PATTERNS)
+            raise UsageError(f"{flag('cyclic_pattern')} must be one of {allowed}, got {self.cyclic_pattern!r}")
+        if self.dyrelu_reduction is not None and self.dyrelu_reduction < 1:
+            raise UsageError(f"{flag('dyrelu_reduction')} must be at least 1, got {self.dyrelu_reduction}")
+        if self.share_from < 1:
+            raise UsageError(f"{flag('share_from')} must be at least 1, got {self.share_from}")
+        if self.dyrelu_start is not None and self.dyrelu_end is not None and self.dyrelu_end < self.dyrelu_start:
+            raise UsageError(
+                f"{flag('dyrelu_end')} {self.dyrelu_end:g} lies before {flag('dyrelu_start')} {self.dyrelu_start:g}; "
+                "allowed is the same epoch or a later one"
+            )
+
+    @property
+    def any(self) -> bool:
+        return self.cyclic or self.dyrelu or self.share
+
+    def resolve(self, epochs: float, steps_per_epoch: int, first_drop: float | None = None) -> EastOptions:
+        """The options with every number filled in for a run of this length.
+
+        `first_drop` is the epoch of the first learning-rate drop (Table B.1: 75 of 250 where None). The paper gives
+        the end of the phase-out, the epoch before that drop, but not its start: half of its end is taken.
+        """
+        first_drop = epochs * 75 / REFERENCE_EPOCHS if first_drop is None else first_drop
+        numbers = {}
+        if self.cyclic:
+            numbers["cyclic_length"] = epochs * 50 / REFERENCE_EPOCHS
+            numbers["cyclic_update_frequency"] = scaled_steps(350, epochs * steps_per_epoch)
+        if self.dyrelu:
+            end = first_drop * 74 / 75 if self.dyrelu_end is None else self.dyrelu_end
+            numbers["dyrelu_end"] = end
+            numbers["dyrelu_start"] = end / 2
+        return dataclasses.replace(self, **{k: v for k, v in numbers.items() if getattr(self, k) is None})
+
+    def density_schedule(
+        self, target: float, steps_per_epoch: int, frequency: int | None, end: float
+    ) -> Constant | Cyclic:
+        """The density schedule of resolved options; `frequency` and `end` as in `schedules.density`."""
+        if not self.cyclic:
+            return Constant(target, frequency, end)
+        length = self.cyclic_length * steps_per_epoch
+        if length == math.inf:
+            raise UsageError(f"{flag('cyclic_length')} must be a number of epochs of the run, got {self.cyclic_length}")
+        return Cyclic(
+            target,
+            multiplier=self.cyclic_multiplier,
+            cycles=self.cyclic_cycles,
+            length=max(2, round(length)),
+            length_mult=self.cyclic_length_mult,
+            pattern=self.cyclic_pattern,
+            cyclic_frequency=self.cyclic_update_frequency,
+            frequency=frequency,
+            end=end,
+        )
+
+    def phase_out(self, steps_per_epoch: int) -> PhaseOut:
+        """The phase-out of resolved options, in steps."""
+        return PhaseOut(round(self.dyrelu_start * steps_per_epoch), round(self.dyrelu_end * steps_per_epoch))
+
+
+def scaled_steps(reference: int, total_steps: float) -> int:
+    """Steps that take the same part of a run of `total_steps` as `reference` took of Table B.1's; at least 1."""
+    return max(1, round(reference * total_steps / REFERENCE_STEPS))
+
+
+def flag(field: str) -> str:
+    return "--east-" + field.replace("_", "-")
+
+
+def add_flags(parser: argparse.ArgumentParser) -> None:
+    """Add the `--east-*` flags; ones that are not given leave no trace in the namespace."""
+    group = parser.add_argument_group("EAST (each flag works alone)")
+    group.add_argument(
+        "--east", action="store_true", default=argparse.SUPPRESS, help="all three tricks with the paper's defaults"
+    )
+    group.add_argument(
+        "--east-config", metavar="FILE", default=argparse.SUPPRESS, help="YAML file with these options as keys"
+    )
+    flags.add_flags(group, EastOptions, prefix="east_")
+
+
+def from_flags(given: Mapping[str, Any], preset: Mapping[str, Any] | None = None) -> EastOptions:
+    """Options from parsed flags: `given` maps `east`, `east_config`, `east_cyclic_length`, ... to values.
+
+    They go before the file of `east_config`, and that before `preset`, a mapping as `given`. Raises `UsageError` for a
+    flag whose trick is not on, or an unreadable file.
+    """
+    names = {field.name for field in dataclasses.fields(EastOptions)}
+    file = _read_file(given["east_config"]) if given.get("east_config") else {}
+    before, by_hand = ({n: some[f"east_{n}"] for n in names if f"east_{n}" in some} for some in (preset or {}, given))
+    values = {**before, **file, **by_hand}
+    if given.get("east"):
+        values = {"cyclic": True, "dyrelu": True, "share": True, **values}
+    return from_values(values)
+
+
+def from_values(values: Mapping[str, Any]) -> EastOptions:
+    """Options from field names and values; raises `UsageError` for a number whose trick is not on."""
+    for name in values:
+        trick = name.split("_")[0]
+        if name != trick and values[name] is not None and not values.get(trick):
+            raise UsageError(f"{flag(name)} needs {flag(trick)}")
+    return EastOptions(**values)
+
+
+def _read_file(path: str) -> dict[str, Any]:
+    """Option names to values, as their flags would give them; a switch may be false as well."""
+    parser = flags.Parser(add_help=False)
+    flags.add_flags(parser, EastOptions)
+    switches = {field.name for field in dataclasses.fields(EastOptions) if field.type == "bool"}
+    content = read_yaml(path, "--east-config")
+    content = {str(key).replace("-", "_").removeprefix("east_"): value for key, value in content.items()}
+    arguments = flags.as_arguments(content, parser, f"--east-config {path}")
+    for key in switches & content.keys():
+        if not isinstance(content[key], bool | None):
+            raise UsageError(f"--east-config {path}: {key} must be true or false, got {content[key]!r}")
+    try:
+        given = vars(parser.parse_args(arguments))
+    except UsageError as error:
+        raise UsageError(f"--east-config {path}: {str(error).removeprefix('--')}") from error
+    return {**given, **{key: False for key in switches if content.get(key) is False}}

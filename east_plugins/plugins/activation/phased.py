@@ -1,0 +1,324 @@
+"""An activation in place of every ReLU of any model, phased out to plain ReLU in the course of training.
+
+Calls of `nn.ReLU`, `F.relu`, `torch.relu`, `Tensor.relu` and their in-place variants are found by one forward pass
+under a `TorchFunctionMode`, and redirected by another while the module that makes them runs. No source is edited
+and no parameter renamed; `remove` leaves the network as it was.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.overrides import TorchFunctionMode
+
+from ...errors import NothingMatchedError, UsageError
+from ...ops import param_groups
+from ...ops.modes import training_mode
+from ...ops.swap import Swapped, restore, swap
+
+FULL, BLEND, OFF = "full", "blend", "off"
+
+_IN_PLACE = {torch.relu_, Tensor.relu_, F.relu_}
+_RELU = {F.relu, torch.relu, Tensor.relu} | _IN_PLACE
+
+
+@dataclass(frozen=True)
+class PhaseOut:
+    """beta as a function of the step: 1 until `start`, linear to 0 at `end` and 0 from there on (EAST, Sec. 3.1).
+
+    Equal `start` and `end` switch at once. Raises `UsageError` where `end` comes before `start` or is not positive.
+    """
+
+    start: int
+    end: int
+
+    def __post_init__(self):
+        if not 0 <= self.start <= self.end or self.end == 0:
+            raise UsageError(
+                f"--east-dyrelu-end must be positive and not before --east-dyrelu-start (at least 0), "
+                f"got start {self.start} and end {self.end} in steps"
+            )
+
+    def beta(self, step: int) -> float:
+        if step >= self.end:
+            return 0.0
+        return 1.0 if step <= self.start else 1 - (step - self.start) / (self.end - self.start)
+
+
+class PhasedActivation(nn.Module):
+    """What stands in for one ReLU call: `beta act(x) + (1 - beta) relu(x)`.
+
+    `phase` is "full" (beta 1: `act` alone), "blend" or "off" (beta 0: the model's own ReLU runs and this module is
+    not called). It is a Python value so that the ends cost nothing and torch.compile compiles three times at most;
+    in between, beta changes on the device without synchronisation. The buffer is saved, so that a checkpoint means
+    what it meant when it was written.
+    """
+
+    east_plugin = True
+
+    def __init__(self, act: nn.Module):
+        super().__init__()
+        self.act = act
+        self.phase = FULL
+        self.register_buffer("beta", torch.ones(()))
+
+    def forward(self, x: Tensor, inplace: bool = False) -> Tensor:
+        y = self.act(x.clone() if inplace else x)
+        if self.phase == BLEND:
+            y = torch.lerp(F.relu(x), y, self.beta)
+        return x.copy_(y) if inplace else y
+
+    def _load_from_state_dict(self, *args):
+        super()._load_from_state_dict(*args)
+        self.phase = _phase(float(self.beta))
+
+
+def _phase(beta: float) -> str:
+    return FULL if beta == 1 else OFF if beta == 0 else BLEND
+
+
+class Sites(nn.ModuleList):
+    """The `PhasedActivation`s of one module, in the order of its ReLU calls in a forward pass of the model."""
+
+    east_plugin = True
+
+    def __init__(self, modules):
+        super().__init__(modules)
+        self.calls = 0
+
+    def forward(self, x):
+        """The identity: where the module is an nn.Sequential this is the last of its children."""
+        return x
+
+    def next(self) -> PhasedActivation:
+        site = self[self.calls % len(self)]
+        self.calls += 1
+        return site
+
+
+class _Phased(Swapped):
+    """Mixed into the class of every module that calls ReLU itself, and into the model's.
+
+    Such a module holds its `Sites` as `east_activations`; the model lists all of them in `east_order`, to start
+    counting calls anew at each of its forward passes.
+    """
+
+    east_order: Sequence[Sites] = ()
+
+    def forward(self, *args, **kwargs):
+        for sites in self.east_order:
+            sites.calls = 0
+        sites = getattr(self, "east_activations", None)
+        if sites is None or sites[0].phase == OFF:
+            return super().forward(*args, **kwargs)
+        with _Redirect(sites):
+            return super().forward(*args, **kwargs)
+
+
+class _Redirect(TorchFunctionMode):
+    """Sends ReLU calls to `sites`, in turn."""
+
+    def __init__(self, sites: Sites):
+        super().__init__()
+        self.sites = sites
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if func not in _RELU or _running.inside:
+            return func(*args, **kwargs)
+        x, inplace = _arguments(func, *args, **kwargs)
+        if x.dim() < 2:
+            return func(*args, **kwargs)
+        with _inside(x):
+            return self.sites.next()(x, inplace)
+
+
+class _Running(threading.local):
+    inside = False  # an activation of this thread is running on a tensor-like
+
+
+_running = _Running()
+
+
+@contextlib.contextmanager
+def _inside(x) -> Iterator[None]:
+    """ReLUs inside an activation are no calls of an enclosing module. Tensor-likes (the sparse engine's) need their
+    own torch functions; tensors do without, which costs nothing."""
+    if isinstance(x, Tensor):
+        with torch._C.DisableTorchFunction():
+            yield
+        return
+    _running.inside = True
+    try:
+        yield
+    finally:
+        _running.inside = False
+
+
+class _Probe(TorchFunctionMode):
+    """Notes the channels of every ReLU call under the module on top of `running`."""
+
+    def __init__(self, running: list[nn.Module]):
+        super().__init__()
+        self.running = running
+        self.channels: dict[nn.Module, list[int]] = {}
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if func in _RELU:
+            x, _ = _arguments(func, *args, **kwargs)
+            if x.dim() >= 2:
+                self.channels.setdefault(self.running[-1], []).append(x.shape[1])
+        return func(*args, **kwargs)
+
+
+def _arguments(func: Callable, input: Tensor, inplace: bool = False) -> tuple[Tensor, bool]:
+    return input, inplace or func in _IN_PLACE
+
+
+class PhasedActivations:
+    """The activations attached to a model: made by `attach`, or by `PhasedActivations(copy)` for a copy of one.
+
+    As a host's plugin (`Masking(..., plugins=[phased])`) it is called after every step: it sets beta for the next
+    step, and at the end of the phase-out removes itself from model and optimizer.
+
+    Attributes:
+        sites: the modules that stand in for a ReLU call; empty after `remove`.
+        beta: the share last set.
+    """
+
+    def __init__(self, model: nn.Module, phase_out: PhaseOut | None = None):
+        self.model = model
+        self.phase_out = phase_out
+        self.sites = _sites(model)
+        self.beta = float(self.sites[0].beta) if self.sites else 0.0
+
+    def parameters(self) -> list[nn.Parameter]:
+        return [parameter for site in self.sites for parameter in site.parameters()]
+
+    def join(self, optimizer: Optimizer) -> None:
+        """Add the parameters to an optimizer made before `attach`; raises as `param_groups.join`."""
+        param_groups.join(optimizer, self.model, self.parameters())
+
+    def set_beta(self, beta: float) -> None:
+        """Share of the activation in the blend, in [0, 1]; at 0 the model computes with its own ReLUs.
+
+        Raises `UsageError` out of range.
+        """
+        if not 0 <= beta <= 1:
+            raise UsageError(f"beta must be in [0, 1], got {beta}")
+        phase = _phase(beta)
+        moved = [site.beta for site in self.sites if phase == BLEND or phase != site.phase]
+        if moved:  # two operations for all sites
+            torch._foreach_zero_(moved)
+            torch._foreach_add_(moved, beta)
+        for site in self.sites:
+            site.phase = phase
+        self.beta = beta
+
+    def remove(self, optimizer: Optimizer | None = None) -> None:
+        """Leave the plain ReLU network: parameters are gone from model, state dict, optimizer and its state.
+
+        Does nothing where they are removed already. A DistributedDataParallel around the model still expects the
+        parameters: make it with `find_unused_parameters=True`, or make it anew.
+        """
+        if optimizer is not None:
+            param_groups.leave(optimizer, self.parameters())
+        for module in list(self.model.modules()):
+            if isinstance(module, _Phased):
+                restore(module)
+                module._modules.pop("east_activations", None)
+                module.__dict__.pop("east_order", None)
+        self.sites, self.beta = [], 0.0
+
+    def __call__(self, host) -> None:
+        """Bring the phase-out to `host.steps`, and at its end remove the parameters from `host.optimizer`."""
+        if not self.sites:
+            return
+        beta = self.phase_out.beta(host.steps)
+        if beta == 0:
+            self.remove(host.optimizer)
+        else:
+            self.set_beta(beta)
+
+
+def attach(
+    model: nn.Module,
+    factory: Callable[[int], nn.Module],
+    input_shape: Sequence[int],
+    *,
+    phase_out: PhaseOut | None = None,
+    generator: torch.Generator | None = None,
+) -> PhasedActivations:
+    """Put `factory(num_channels)` in place of every ReLU call of `model`, at beta 1.
+
+    A call is a ReLU of a tensor of two or more dimensions, the second being channels. Calls are told apart by the
+    module that makes them and their number within a forward pass, so that one nn.ReLU used three times in a block
+    gets three activations. They are found in a forward pass in training mode that leaves parameters, buffers and
+    random state as they were.
+
+    Args:
+        model: the network itself, not yet wrapped by DistributedDataParallel or torch.compile.
+        factory: makes the module that stands in for a ReLU; its output has its input's shape.
+        input_shape: shape of one input without the batch, for example (3, 32, 32).
+        phase_out: beta over steps, where the result is to be a host's plugin.
+        generator: CPU generator that the initial values depend on; by default they depend on the global random
+            state. That state is never advanced.
+
+    Raises `UsageError` where the model has phased activations already, `NothingMatchedError` where it calls no
+    ReLU; the model is unchanged then.
+    """
+    if _sites(model):
+        raise UsageError("the model has phased activations (--east-dyrelu) already")
+    like = next(model.parameters(), torch.empty(0))
+    with _forked_rng(like.device):
+        channels = _relu_channels(model, torch.zeros(2, *input_shape, dtype=like.dtype, device=like.device))
+        if not channels:
+            raise NothingMatchedError(
+                "--east-dyrelu: the model calls no ReLU (nn.ReLU, F.relu, torch.relu or Tensor.relu)"
+            )
+        if generator is not None:
+            torch.default_generator.manual_seed(int(torch.randint(2**63 - 1, (), generator=generator)))
+        order = {owner: Sites(PhasedActivation(factory(n)) for n in counts) for owner, counts in channels.items()}
+    for owner, sites in order.items():
+        swap(owner, _Phased)
+        owner.east_activations = sites.to(like.device, like.dtype).train(owner.training)
+    if model not in order:
+        swap(model, _Phased)
+    model.east_order = list(order.values())
+    return PhasedActivations(model, phase_out)
+
+
+def _sites(model: nn.Module) -> list[PhasedActivation]:
+    return [module for module in model.modules() if isinstance(module, PhasedActivation)]
+
+
+@torch.no_grad()
+def _relu_channels(model: nn.Module, x: Tensor) -> dict[nn.Module, list[int]]:
+    """Channels of every ReLU call in a forward pass in training mode, by the module that makes the call."""
+    running: list[nn.Module] = []
+
+    def leave(module, args, output):
+        running.pop()
+
+    buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    with contextlib.ExitStack() as stack:
+        for module in model.modules():
+            stack.enter_context(module.register_forward_pre_hook(lambda module, args: running.append(module)))
+            stack.enter_context(module.register_forward_hook(leave, always_call=True))
+        with training_mode(model, True), _Probe(running) as probe:
+            torch.func.functional_call(model, buffers, (x,))  # batch norms update the clones
+    return probe.channels
+
+
+def _forked_rng(device: torch.device):
+    if device.type == "cpu":
+        return torch.random.fork_rng([])
+    return torch.random.fork_rng([device], device_type=device.type)

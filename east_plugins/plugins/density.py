@@ -1,0 +1,200 @@
+"""Global density as a pure function of the step.
+
+Each schedule is a frozen dataclass with `target` (the density at the end), `density(step)` in (0, 1] and
+`due(step)`: whether a topology update follows optimizer step number `step` (counted from 1). Where `replaces` is False
+its updates drop and grow for the density's sake only. No hidden state, so resuming needs the step only.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from functools import cached_property
+from typing import ClassVar
+
+from ..errors import UsageError
+from .registry import density as registry
+
+
+def check_density(value: float, flag: str = "--density") -> None:
+    """Raise `UsageError` unless 0 < value <= 1 (NaN is refused too)."""
+    if not 0 < value <= 1:
+        raise UsageError(f"{flag} must be in (0, 1], got {value}")
+
+
+@registry.register("constant")
+@dataclass(frozen=True)
+class Constant:
+    """`target` throughout; an update every `frequency` steps before step `end` (None: never; static training)."""
+
+    target: float
+    frequency: int | None = None
+    end: float = math.inf
+
+    def __post_init__(self):
+        check_density(self.target)
+        _check_frequency(self.frequency)
+
+    def density(self, step: int) -> float:
+        return self.target
+
+    def due(self, step: int) -> bool:
+        return self.frequency is not None and 0 < step < self.end and step % self.frequency == 0
+
+
+@registry.register("cyclic")
+@dataclass(frozen=True)
+class Cyclic:
+    """EAST's cyclic sparsity (Section 3.3, Algorithm 1): the density swings up to `multiplier` times the target
+    and back, `cycles` times, then stays at `target`.
+
+    The first cycle takes `length` steps, each next one `length_mult` times more. In a cycle with phase p in
+    [0, 1) the density is `target * (1 + (multiplier - 1) * s)`, s = 1 - |2p - 1| (triangular) or
+    (1 - cos 2 pi p) / 2 (cosine). Updates come every `cyclic_frequency` steps, and at the middle and the end of
+    every cycle, so that its peak and its close are met exactly; afterwards every `frequency` steps before `end`.
+
+    Raises `UsageError` for a peak density over 1, or cycles that do not close before `end`.
+    """
+
+    target: float
+    multiplier: float = 10.0
+    cycles: int = 2
+    length: int = 1
+    length_mult: float = 1.0
+    pattern: str = "triangular"
+    cyclic_frequency: int = 1
+    frequency: int | None = None
+    end: float = math.inf
+
+    def __post_init__(self):
+        check_density(self.target)
+        _check_frequency(self.frequency)
+        _check_frequency(self.cyclic_frequency, "--east-cyclic-update-frequency")
+        allowed = (
+            ("--east-cyclic-pattern", self.pattern, self.pattern in PATTERNS, f"one of {', '.join(PATTERNS)}"),
+            ("--east-cyclic-multiplier", self.multiplier, 1 <= self.multiplier < math.inf, "at least 1"),
+            ("--east-cyclic-cycles", self.cycles, self.cycles >= 1, "at least 1"),
+            ("--east-cyclic-length", self.length, self.length >= 2, "at least 2 steps"),
+            ("--east-cyclic-length-mult", self.length_mult, 0 < self.length_mult < math.inf, "over 0"),
+        )
+        for flag, value, good, what in allowed:
+            if not good:
+                raise UsageError(f"{flag} must be {what}, got {value}")
+        if self.target * self.multiplier > 1:
+            raise UsageError(
+                f"--east-cyclic-multiplier {self.multiplier:g} takes the density {self.target:g} to "
+                f"{self.target * self.multiplier:g}; allowed is at most {1 / self.target:g}"
+            )
+        try:
+            close = float(self.close)
+        except OverflowError:
+            raise UsageError(
+                f"--east-cyclic-length-mult {self.length_mult:g}: {self.cycles} such cycles never close; "
+                f"allowed is before training's last step, {self.end:g}"
+            ) from None
+        if close >= self.end:
+            raise UsageError(
+                f"--east-cyclic-length: {self.cycles} cycles close at step {close:.12g}; "
+                f"allowed is before training's last step, {self.end:g}"
+            )
+
+    @cached_property
+    def bounds(self) -> list[int]:
+        """Steps at which a cycle begins, and at last the step at which the last one closes."""
+        bounds, length = [0], float(self.length)
+        for _ in range(self.cycles):
+            bounds.append(bounds[-1] + max(2, round(length)))
+            length *= self.length_mult
+        return bounds
+
+    @property
+    def close(self) -> int:
+        """First step at which the density is the target for good."""
+        return self.bounds[-1]
+
+    def density(self, step: int) -> float:
+        if not 0 < step < self.close:
+            return self.target
+        start, stop = self._cycle(step)
+        middle = (start + stop) // 2  # a whole step, so that the peak is met where the length is odd
+        if step <= middle:
+            phase = 0.5 * (step - start) / (middle - start)
+        else:
+            phase = 0.5 + 0.5 * (step - middle) / (stop - middle)
+        return self.target * (1 + (self.multiplier - 1) * PATTERNS[self.pattern](phase))
+
+    def due(self, step: int) -> bool:
+        if step <= 0 or step >= self.end:
+            return False
+        if step > self.close:
+            return self.frequency is not None and step % self.frequency == 0
+        if step in self.bounds:
+            return True
+        start, stop = self._cycle(step)
+        return (step - start) % self.cyclic_frequency == 0 or step == (start + stop) // 2
+
+    def _cycle(self, step: int) -> tuple[int, int]:
+        """Begin and end of the cycle that `step` lies in."""
+        return next((a, b) for a, b in zip(self.bounds, self.bounds[1:], strict=False) if a <= step < b)
+
+
+PATTERNS = {
+    "triangular": lambda phase: 1 - abs(2 * phase - 1),
+    "cosine": lambda phase: (1 - math.cos(2 * math.pi * phase)) / 2,
+}
+
+
+@registry.register("gradual")
+@dataclass(frozen=True)
+class Gradual:
+    """Cubic fall from `initial` to `target` between steps `start` and `stop` (Zhu and Gupta 2017; GraNet, Liu et
+    al. 2021), updates every `frequency` steps and at `stop`, so that it ends exactly on target."""
+
+    target: float
+    initial: float = 0.5
+    start: int = 0
+    stop: int = 1
+    frequency: int | None = None
+    end: float = math.inf
+
+    def __post_init__(self):
+        check_density(self.target)
+        check_density(self.initial, "--initial-density")
+        _check_frequency(self.frequency)
+        if not 0 <= self.start < self.stop < self.end:
+            raise UsageError(f"gradual pruning must run inside training: {self.start} to {self.stop} of {self.end:g}")
+
+    def density(self, step: int) -> float:
+        left = 1 - min(max((step - self.start) / (self.stop - self.start), 0.0), 1.0)
+        return self.target + (self.initial - self.target) * left**3
+
+    def due(self, step: int) -> bool:
+        if step == self.stop:
+            return True
+        return self.frequency is not None and 0 < step < self.end and step % self.frequency == 0
+
+
+@registry.register("one-shot")
+@dataclass(frozen=True)
+class OneShot:
+    """Density `initial` up to step `stop`, then `target` at once: what the prune rule finds most important stays."""
+
+    target: float
+    initial: float = 1.0
+    stop: int = 1
+    replaces: ClassVar[bool] = False
+
+    def __post_init__(self):
+        check_density(self.target)
+        check_density(self.initial, "--initial-density")
+
+    def density(self, step: int) -> float:
+        return self.initial if step < self.stop else self.target
+
+    def due(self, step: int) -> bool:
+        return step == self.stop
+
+
+def _check_frequency(frequency: int | None, flag: str = "--update-frequency") -> None:
+    if frequency is not None and frequency < 1:
+        raise UsageError(f"{flag} must be at least 1 step, got {frequency}")

@@ -1,0 +1,46 @@
+"""Growth rules: one score a weight, higher is grown first. Only inactive positions are compared."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .protocols import Layer
+from .registry import growth
+
+
+@growth.register("random")
+def random(layer: Layer) -> Tensor:
+    """Any inactive weight, equally likely (SET, Mocanu et al. 2018): all scores tie, the host draws."""
+    return layer.weight.new_zeros(()).expand_as(layer.weight)
+
+
+@growth.register("random_unfired")
+def random_unfired(layer: Layer) -> Tensor:
+    """At random among weights never active so far, then among the others (ITOP, Liu et al. 2021)."""
+    return (~layer.fired).float()
+
+
+@growth.register("gradient", needs=("grad",))
+def gradient(layer: Layer) -> Tensor:
+    """Largest magnitude of the dense gradient (RigL, Evci et al. 2020)."""
+    return layer.grad.abs()
+
+
+@growth.register("momentum", needs=("momentum",))
+def momentum(layer: Layer) -> Tensor:
+    """Largest magnitude of the dense running average of gradients (SNFS, Dettmers and Zettlemoyer 2019)."""
+    return layer.momentum.abs()
+
+
+@growth.register("momentum_neuron", needs=("momentum",))
+def momentum_neuron(layer: Layer) -> Tensor:
+    """To each neuron in proportion to its mean |momentum|, inside it by largest |momentum| (sparse_learning).
+
+    The score `share / (2 * rank + 1)` makes the top k the proportional seats of Webster and Sainte-Lague, for
+    every k; `rank` counts the neuron's inactive weights from its largest momentum.
+    """
+    size = layer.momentum.abs().flatten(1)
+    share = size.mean(1, keepdim=True)
+    rank = size.masked_fill(layer.mask.flatten(1), -1).argsort(dim=1, descending=True, stable=True).argsort(1)
+    return (share / (2 * rank + 1)).view_as(layer.weight).to(torch.float32)

@@ -1,0 +1,49 @@
+"""Prune rules: the importance of every weight; the lowest is dropped first. Only active positions are compared.
+
+An importance of `inf` says: do not replace this weight (the host then replaces fewer; the active count stays
+exact).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .protocols import Layer
+from .registry import pruning
+
+
+@pruning.register("magnitude")
+def magnitude(layer: Layer) -> Tensor:
+    """Magnitude of the weight."""
+    return layer.weight.abs()
+
+
+@pruning.register("SET")
+def smallest_of_each_sign(layer: Layer) -> Tensor:
+    """The smallest positive and the largest negative weights, alternately (SET, Mocanu et al. 2018)."""
+    importance = torch.zeros_like(layer.weight, dtype=torch.float32)
+    for one_sign in (layer.mask & (layer.weight >= 0), layer.mask & (layer.weight < 0)):
+        size = layer.weight[one_sign].abs()
+        importance[one_sign] = size.argsort(stable=True).argsort().float()
+    return importance
+
+
+@pruning.register("threshold", options=("threshold",))
+def threshold(layer: Layer, threshold: float = 0.001) -> Tensor:
+    """Magnitudes up to the threshold, and those alone: larger weights are not replaced (sparse_learning)."""
+    size = layer.weight.abs()
+    return size.masked_fill(size > threshold, torch.inf)
+
+
+@pruning.register("taylor", needs=("grad",))
+@pruning.register("Taylor_FO", needs=("grad",))
+def taylor(layer: Layer) -> Tensor:
+    """First-order change of the loss, (weight * gradient)^2 (Molchanov et al. 2019; ITOP's Taylor_FO)."""
+    return (layer.weight * layer.grad).square()
+
+
+@pruning.register("random")
+def random(layer: Layer) -> Tensor:
+    """Any active weight, equally likely: all importances tie, the host draws."""
+    return layer.weight.new_zeros(()).expand_as(layer.weight)

@@ -1,0 +1,60 @@
+"""Decay of the prune rate (ITOP: death rate) over training.
+
+Each is a frozen dataclass called with the step: `rate(step)` in [0, 1], constant past its end.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from ..errors import UsageError
+from .registry import rate as registry
+
+
+@dataclass(frozen=True)
+class RateDecay:
+    """`initial` at step 0, `final`, or `initial` where that is lower, from step `steps` on: a rate of 0 stays 0.
+
+    Raises `UsageError` for a rate outside [0, 1].
+    """
+
+    initial: float
+    steps: int
+    final: float = 0.005
+
+    def __post_init__(self):
+        for value in (self.initial, self.final):
+            if not 0 <= value <= 1:
+                raise UsageError(f"--death-rate must be in [0, 1], got {value}")
+        if self.steps < 1:
+            raise UsageError(f"the death rate needs at least 1 step to decay over, got {self.steps}")
+        object.__setattr__(self, "final", min(self.final, self.initial))
+
+    def fraction(self, step: int) -> float:
+        """Part of the decay that is over, in [0, 1]."""
+        return min(max(step / self.steps, 0.0), 1.0)
+
+
+@registry.register("cosine")
+class Cosine(RateDecay):
+    """Half a cosine from the first rate to the last (RigL, Evci et al. 2020); stays there past its end."""
+
+    def __call__(self, step: int) -> float:
+        return self.final + (self.initial - self.final) * (1 + math.cos(math.pi * self.fraction(step))) / 2
+
+
+@registry.register("linear")
+class Linear(RateDecay):
+    """A straight line from the first rate to the last; stays there past its end."""
+
+    def __call__(self, step: int) -> float:
+        return self.initial + (self.final - self.initial) * self.fraction(step)
+
+
+@registry.register("constant")
+class Constant(RateDecay):
+    """The first rate throughout."""
+
+    def __call__(self, step: int) -> float:
+        return self.initial

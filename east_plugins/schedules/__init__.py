@@ -1,1 +1,0 @@
-"""Pure functions of the step: prune rate and global density."""

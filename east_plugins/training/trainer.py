@@ -1,0 +1,382 @@
+"""The built-in trainer: one run from a configuration to a run directory."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import json
+import logging
+import math
+import signal
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from ..errors import EastError, UsageError
+from ..host.masking import Masking
+from ..ops import memory
+from ..ops.paths import effective_density
+from ..options.config import Config
+from ..plugins import activation as activations
+from ..plugins import registry
+from ..plugins.activation.phased import attach
+from ..plugins.density import Gradual, OneShot
+from ..sparse import Engine
+from . import runs
+from .images import Data
+from .progress import Progress
+
+logger = logging.getLogger(__name__)
+
+SAVE_EVERY = 30.0  #: seconds, at the least, between checkpoints at ends of epochs: a short epoch is not spent on them
+
+
+class Interrupted(EastError):
+    """Ctrl-C was pressed; the run's state is saved."""
+
+
+def train(options: Config, out: Path, resume: bool = False, quiet: bool = False) -> dict[str, Any]:
+    """Train one network and return its summary; everything is written to the directory `out`.
+
+    With `resume` an unfinished run in `out` goes on where it stopped, and a finished one is only read. Raises
+    `UsageError` for what cannot be (before anything is written) and `Interrupted` after saving on Ctrl-C.
+    """
+    runs.check_folder(out)
+    if (out / runs.CONFIG).exists() and not resume:
+        raise UsageError(f"--out {out} holds a run already; add --resume to go on with it, or choose another folder")
+    if resume and (summary := finished(options, out)):
+        return summary
+    trainer = Trainer(options, out)
+    if resume:
+        trainer.restore()
+    runs.make_folder(out)
+    runs.write_config(out, trainer.options)
+    with _catch_interrupt() as interrupt, Progress(trainer, quiet) as progress:
+        while trainer.epoch < trainer.options.epochs:
+            trainer.run_epoch(interrupt, progress)
+        return trainer.finish()
+
+
+def finished(options: Config, out: Path) -> dict[str, Any] | None:
+    """The summary of the run in `out` where it has ended; raises `UsageError` where it is another run."""
+    summary = runs.read_summary(out)
+    if summary is not None:
+        check_same(out, options.resolve(summary["steps"] // summary["epochs"]))
+    return summary
+
+
+def check_same(out: Path, options: Config) -> None:
+    """Raises `UsageError` where the run in `out` is not that of the resolved `options`."""
+    if not runs.same_run(runs.read_config(out), options):
+        raise UsageError(f"--out {out}: {runs.CONFIG} there describes another run than the flags given")
+
+
+class Trainer:
+    """State of one run: everything that a checkpoint holds, and what is derived from the configuration."""
+
+    def __init__(self, options: Config, out: Path, data: Data | None = None):
+        self.out = out
+        if options.threads:
+            torch.set_num_threads(options.threads)
+        self.device = runs.device(options.device)
+        if self.device.type == "cpu":
+            memory.keep_freed()
+        self.data = (data or runs.load_data(options)).to(self.device)
+        self.steps_per_epoch = self.data.train.steps(options.batch_size)
+        self.options = options = options.resolve(self.steps_per_epoch)
+        self.total_steps = options.epochs * self.steps_per_epoch
+        self.model = runs.build_model(options, self.data.num_classes, self.data.input_shape).to(self.device)
+        if options.channels_last:
+            self.model.to(memory_format=torch.channels_last)
+        self.phased = self._phased()
+        self.optimizer = _optimizer(options, self.model)
+        milestones = [round(min(epoch, options.epochs) * self.steps_per_epoch) for epoch in options.lr_drops]
+        self.scheduler = torch.optim.lr_scheduler.MultiStepLR(self.optimizer, milestones, gamma=0.1)
+        self.host = self._host()
+        self.engine = Engine(self.host, self.data.input_shape, "dense" if options.compile else options.engine)
+        self.forward = torch.compile(self.model) if options.compile else self.model
+        self.generator = torch.Generator().manual_seed(options.seed)
+        self.epoch, self.step_in_epoch = 0, 0
+        self.epoch_generator = self.generator.get_state()
+        self.totals = {"loss": 0.0, "correct": 0.0, "images": 0}
+        self.best: dict[str, Any] | None = None
+        self.seconds = 0.0
+        self.saved = time.monotonic()
+        self.diverged = False  # whether an epoch's loss was not finite
+
+    def _phased(self):
+        east = self.options.east
+        if not east.dyrelu:
+            return None
+        if east.dyrelu_end > self.options.epochs:
+            raise UsageError(
+                f"--east-dyrelu-end {east.dyrelu_end:g} lies after the last of {self.options.epochs} epochs"
+            )
+        return attach(
+            self.model,
+            activations.factory(east.dyrelu_type, reduction=east.dyrelu_reduction),
+            self.data.input_shape,
+            phase_out=east.phase_out(self.steps_per_epoch),
+            generator=torch.Generator().manual_seed(self.options.seed),
+        )
+
+    def _host(self) -> Masking:
+        options = self.options
+        host = Masking(
+            self.optimizer,
+            death_rate=options.death_rate,
+            death_rate_decay=registry.rate.get(options.decay_schedule)(options.death_rate, self.total_steps),
+            death_mode=options.death,
+            growth_mode=options.growth,
+            redistribution_mode=options.redistribution,
+            schedule=self._density_schedule(),
+            prune_scope=options.prune_scope,
+            keep_connected=options.keep_connected,
+            seed=options.seed,
+            plugins=[self.phased] if self.phased else [],
+        )
+        host.add_module(
+            self.model,
+            density=options.density,
+            sparse_init=options.sparse_init,
+            input_shape=self.data.input_shape,
+            weight_init=options.weight_init,
+        )
+        return host
+
+    def _density_schedule(self):
+        options, end = self.options, self.total_steps
+        frequency = None if options.static else options.update_frequency
+        initial = {} if options.initial_density is None else {"initial": options.initial_density}
+        if options.density_schedule in (None, "constant"):
+            return options.east.density_schedule(options.density, self.steps_per_epoch, frequency, end)
+        if options.density_schedule == "one-shot":
+            return OneShot(options.density, stop=max(1, end // 2), **initial)
+        return Gradual(options.density, stop=max(1, end // 2), frequency=frequency, end=end, **initial)
+
+    # ------------------------------------------------------------------ training
+
+    def run_epoch(self, interrupt: dict[str, bool], progress: Progress) -> None:
+        """One epoch, or what is left of it after `restore`; evaluates and logs at its end, and saves where the last
+        checkpoint is old or the run is over."""
+        options, began = self.options, time.monotonic()
+        self.generator.set_state(self.epoch_generator)
+        batches = self.data.train.batches(options.batch_size, self.generator, options.channels_last)
+        self.model.train()
+        for index, (x, y) in enumerate(batches):
+            if index < self.step_in_epoch:
+                continue
+            self._step(x, y)
+            self.step_in_epoch += 1
+            progress.step()
+            if interrupt["pressed"]:
+                self.seconds += time.monotonic() - began
+                self.save()
+                raise Interrupted(f"stopped in epoch {self.epoch + 1}; go on with --resume --out {self.out}")
+        self.epoch_generator = self.generator.get_state()
+        self.epoch, self.step_in_epoch = self.epoch + 1, 0
+        line = self._evaluate()
+        self.seconds += time.monotonic() - began
+        line["seconds"] = round(self.seconds, 2)
+        self.totals = {"loss": 0.0, "correct": 0.0, "images": 0}
+        if not math.isfinite(line["loss"]):
+            line["loss"] = None  # JSON has no NaN
+            if not self.diverged:
+                logger.warning("epoch %d: loss is not finite", self.epoch)
+            self.diverged = True
+        with open(self.out / runs.METRICS, "a") as file:
+            file.write(json.dumps(line) + "\n")
+        if self.epoch == options.epochs or time.monotonic() - self.saved >= SAVE_EVERY:
+            self.save()
+        progress.epoch(line)
+
+    def _step(self, x: torch.Tensor, y: torch.Tensor) -> None:
+        self.optimizer.zero_grad()
+        with self._autocast():
+            output = self.forward(x)
+            loss = F.cross_entropy(output, y)
+        loss.backward()
+        self.host.step()
+        self.scheduler.step()
+        self.totals["loss"] += loss.detach() * len(y)
+        self.totals["correct"] += (output.argmax(1) == y).sum()
+        self.totals["images"] += len(y)
+
+    def _evaluate(self) -> dict[str, Any]:
+        """The epoch's line of `metrics.jsonl`; keeps the network where it is the best so far."""
+        loss, correct, images = (float(value) for value in self.totals.values())
+        line = {
+            "epoch": self.epoch,
+            "loss": loss / images,
+            "train_accuracy": correct / images,
+            "validation_accuracy": self.accuracy(self.data.validation),
+            "density": self.density,
+            "nonzeros": self.host.nonzeros,
+            "effective_density": effective_density(self.model, self.host.masks, self.data.input_shape),
+            "beta": self.beta,
+            "lr": self.scheduler.get_last_lr()[0],
+            "death_rate": self.host.death_rate,
+            "itop_rate": self.host.fired_masks_update()[1],
+        }
+        at_target = self.host.nonzeros == self.host.target_nonzeros(self.total_steps) and self.beta == 0
+        if at_target and (self.best is None or line["validation_accuracy"] >= self.best["validation_accuracy"]):
+            self.best = {
+                "epoch": self.epoch,
+                "validation_accuracy": line["validation_accuracy"],
+                "model": copy.deepcopy(self.model.state_dict()),
+                "masks": copy.deepcopy(self.host.masks),
+            }
+        return line
+
+    @torch.no_grad()
+    def accuracy(self, images) -> float:
+        """Share of images classified right, in evaluation mode; 0 for an empty set."""
+        self.model.eval()
+        correct = torch.zeros((), dtype=torch.long, device=self.device)
+        for x, y in images.batches(1000 if images.shape[-1] <= 64 else self.options.batch_size):
+            with self._autocast():
+                correct += (self.model(x).argmax(1) == y).sum()
+        return correct.item() / max(1, len(images))
+
+    def finish(self) -> dict[str, Any]:
+        """Test the best network, once, and write the summary."""
+        self.model.load_state_dict(self.best["model"])
+        masks = self.best["masks"]
+        self.host.load_state_dict({**self.host.state_dict(), "masks": masks})
+        nonzeros = sum(int(mask.sum()) for mask in masks.values())
+        summary = {
+            "method": self.options.method,
+            "model": self.options.model,
+            "data": self.options.data,
+            "input_shape": list(self.data.input_shape),
+            "classes": self.data.num_classes,
+            "density": nonzeros / self.host.theoretical_size,
+            "nonzeros": nonzeros,
+            "maskable": self.host.theoretical_size,
+            "effective_density": effective_density(self.model, masks, self.data.input_shape),
+            "parameters": sum(p.numel() for p in self.model.parameters()),
+            "test_accuracy": self.accuracy(self.data.test),
+            "best_validation_accuracy": self.best["validation_accuracy"],
+            "best_epoch": self.best["epoch"],
+            "itop_rate": self.host.fired_masks_update()[1],
+            "steps": self.host.steps,
+            "epochs": self.epoch,
+            "diverged": self.diverged,
+            "seconds": round(self.seconds, 2),
+            "peak_memory_mib": _peak_memory(self.device),
+            "seed": self.options.seed,
+            "weights_sha256": runs.digest({**self.best["model"], **{f"mask {n}": m for n, m in masks.items()}}),
+        }
+        runs.write_atomically(self.out / runs.SUMMARY, json.dumps(summary, indent=1) + "\n")
+        return summary
+
+    @property
+    def density(self) -> float:
+        return self.host.nonzeros / self.host.theoretical_size
+
+    @property
+    def beta(self) -> float:
+        return self.phased.beta if self.phased else 0.0
+
+    def _autocast(self):
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.options.amp)
+
+    # ------------------------------------------------------------------ state
+
+    def save(self) -> None:
+        """Write the checkpoint: all that `restore` needs to go on bit for bit."""
+        runs.save_checkpoint(
+            self.out / runs.CHECKPOINT,
+            {
+                "model": self.model.state_dict(),
+                "optimizer": self.optimizer.state_dict(),
+                "scheduler": self.scheduler.state_dict(),
+                "host": self.host.state_dict(),
+                "engine": self.engine.state_dict(),
+                "beta": self.beta,
+                "best": self.best,
+                "epoch": self.epoch,
+                "step_in_epoch": self.step_in_epoch,
+                "epoch_generator": self.epoch_generator,
+                "totals": {name: float(value) for name, value in self.totals.items()},
+                "seconds": self.seconds,
+                "diverged": self.diverged,
+                "rng": torch.get_rng_state(),
+                "cuda_rng": torch.cuda.get_rng_state(self.device) if self.device.type == "cuda" else None,
+            },
+        )
+        self.saved = time.monotonic()
+
+    def restore(self) -> None:
+        """Take up the checkpoint in `out`; without one the run begins anew. Raises `UsageError` where it is another
+        run's."""
+        if not (self.out / runs.CHECKPOINT).exists():
+            _cut_metrics(self.out / runs.METRICS, 0)
+            return
+        check_same(self.out, self.options)
+        state = runs.load_checkpoint(self.out / runs.CHECKPOINT, self.device)
+        if self.phased and state["beta"] == 0:
+            self.phased.remove(self.optimizer)
+        for name in ("model", "optimizer", "scheduler", "host", "engine"):
+            getattr(self, name).load_state_dict(state[name])
+        if self.phased:
+            self.phased.beta = state["beta"]
+        for name in ("best", "epoch", "step_in_epoch", "totals", "seconds"):
+            setattr(self, name, state[name])
+        self.diverged = state.get("diverged", False)
+        self.epoch_generator = state["epoch_generator"].cpu()
+        torch.set_rng_state(state["rng"].cpu())
+        cuda_rng = state.get("cuda_rng")
+        if self.device.type == "cuda" and cuda_rng is not None:  # a run may go on on another device
+            torch.cuda.set_rng_state(cuda_rng.cpu(), self.device)
+        _cut_metrics(self.out / runs.METRICS, self.epoch)
+
+
+def _cut_metrics(path: Path, epochs: int) -> None:
+    """Drop lines of epochs that the checkpoint does not know."""
+    if path.exists():
+        runs.write_atomically(path, "".join(line + "\n" for line in path.read_text().splitlines()[:epochs]))
+
+
+def _optimizer(options: Config, model: nn.Module) -> torch.optim.Optimizer:
+    parameters = list(model.parameters())
+    fused = True if parameters[0].is_cuda else None  # None: PyTorch's choice
+    shared = dict(lr=options.lr, weight_decay=options.weight_decay, fused=fused)
+    if options.optimizer == "sgd":
+        return torch.optim.SGD(parameters, momentum=options.momentum, nesterov=options.nesterov, **shared)
+    return {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[options.optimizer](parameters, **shared)
+
+
+def _peak_memory(device: torch.device) -> float:
+    """Largest memory in use so far, MiB: the accelerator's, or on the CPU the whole process's."""
+    if device.type == "cuda":
+        return round(torch.cuda.max_memory_allocated(device) / 2**20, 1)
+    import resource  # not on every platform
+
+    return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10), 1)
+
+
+@contextlib.contextmanager
+def _catch_interrupt():
+    """The first Ctrl-C only sets a mark, so that a step is never cut in two; the second one stops at once."""
+    interrupt = {"pressed": False}
+
+    def mark(signum, frame):
+        if interrupt["pressed"]:
+            raise KeyboardInterrupt
+        interrupt["pressed"] = True
+
+    try:
+        before = signal.signal(signal.SIGINT, mark)
+    except ValueError:  # not in the main thread: somebody else's business
+        yield interrupt
+        return
+    try:
+        yield interrupt
+    finally:
+        signal.signal(signal.SIGINT, before)
