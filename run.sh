@@ -1,13 +1,13 @@
 #!/usr/bin/env bash
 # ./run.sh            compare the methods on real digits: prints a table, says where the plot is
 # ./run.sh test ...   run the tests (further words go to pytest)
-# ./run.sh lint       run ruff
+# ./run.sh lint       run ruff, mypy and the import contracts
 # Makes a virtual environment beside this file (or in $EAST_VENV) the first time. PYTHON chooses the Python.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")"
 venv=${EAST_VENV:-$PWD/.venv}
 python=${PYTHON:-python3}
-tested="torch==2.13.0 torchvision==0.28.0" # installed where the Python has neither
+tested="torch==2.14.1 torchvision==0.29.1" # installed where the Python has neither
 
 install() { # install EXTRAS...: once for each state of setup.cfg
     local stamp
@@ -40,7 +40,10 @@ test)
     ;;
 lint)
     install train,test
-    exec "$venv/bin/python" -m ruff check .
+    "$venv/bin/python" -m ruff check .
+    "$venv/bin/python" -m ruff format --check .
+    "$venv/bin/python" -m mypy
+    exec "$venv/bin/lint-imports" --no-cache
     ;;
 *)
     echo "run.sh: unknown command '$1'; allowed: nothing at all, test, lint" >&2

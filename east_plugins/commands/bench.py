@@ -90,8 +90,12 @@ def main(argv: Sequence[str]) -> int:
     add("--classes", type=int, default=100, metavar="N", help="its outputs (default: 100)")
     if argv[0] == "step":
         add("--batch-size", type=int, default=128, metavar="N", help="images of 3x32x32 a step (default: 128)")
-        add("--masks", default="connected", choices=["connected", "random", "trained"],
-            help="drawn connected, drawn at random (ERK), or those of 20 updates into a RigL run (default: connected)")
+        add(
+            "--masks",
+            default="connected",
+            choices=["connected", "random", "trained"],
+            help="drawn connected, drawn at random (ERK), or those of 20 updates into a RigL run (default: connected)",
+        )
         add("--activation", metavar="NAME", help="in place of every ReLU, undiluted, e.g. dyrelu-b (default: ReLU)")
     add("--density", type=float, default=0.0005, metavar="X", help="active share of the weights (default: 0.0005)")
     add("--growth", default="gradient", metavar="NAME", help="growth rule (default: gradient)")

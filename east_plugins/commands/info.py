@@ -58,8 +58,9 @@ def describe(options: Config, classes: int, channels: int) -> dict[str, Any]:
     options = options.resolve(steps_per_epoch=352)
     shape = (channels, options.image_size, options.image_size)
     model = runs.build_model(options, classes, shape)
-    host = Masking(torch.optim.SGD(model.parameters()), growth_mode="random", schedule=Constant(options.density),
-                   seed=options.seed)
+    host = Masking(
+        torch.optim.SGD(model.parameters()), growth_mode="random", schedule=Constant(options.density), seed=options.seed
+    )
     host.add_module(model, options.density, options.sparse_init, input_shape=shape)
     if options.east.dyrelu:
         factory = activations.factory(options.east.dyrelu_type, reduction=options.east.dyrelu_reduction)

@@ -120,6 +120,12 @@ def add_sparse_args(parser: Any) -> None:
     add("--redistribution", default="none", help="none, magnitude, nonzeros or momentum (default: none)")
     add("--death-rate", type=float, default=0.5, help="share of active weights replaced in an update (default: 0.5)")
     add("--density", type=float, default=0.05, help="active share of the maskable weights (default: 0.05)")
-    add("--update_frequency", "--update-frequency", type=int, default=100, metavar="N",
-        help="steps between topology updates (default: 100)")
+    add(
+        "--update_frequency",
+        "--update-frequency",
+        type=int,
+        default=100,
+        metavar="N",
+        help="steps between topology updates (default: 100)",
+    )
     add("--decay-schedule", default="cosine", help="decay of the death rate: cosine or linear (default: cosine)")

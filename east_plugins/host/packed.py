@@ -122,10 +122,13 @@ class PackedState:
         """Bring packed state to another active set: dropped with pruned weights, zero for grown ones."""
         if parameter in self._states and self._states[parameter][0] != active:
             before, state = self._states[parameter]
-            self._states[parameter] = active, {
-                name: before.moved(value, active) if _is_packed(value, before) else value
-                for name, value in state.items()
-            }
+            self._states[parameter] = (
+                active,
+                {
+                    name: before.moved(value, active) if _is_packed(value, before) else value
+                    for name, value in state.items()
+                },
+            )
 
     def _packed_state(self, parameter: nn.Parameter, active: Active | All) -> State:
         """The state of a parameter at its active set, taken from the optimizer where it is still dense there."""

@@ -20,8 +20,24 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 from .paths import IDENTITIES, LAYERS, identity, run_with
 
 _JOINS = {
-    "add", "iadd", "radd", "sub", "isub", "rsub", "subtract", "mul", "imul", "rmul", "multiply",
-    "div", "truediv", "itruediv", "rtruediv", "divide", "maximum", "minimum",
+    "add",
+    "iadd",
+    "radd",
+    "sub",
+    "isub",
+    "rsub",
+    "subtract",
+    "mul",
+    "imul",
+    "rmul",
+    "multiply",
+    "div",
+    "truediv",
+    "itruediv",
+    "rtruediv",
+    "divide",
+    "maximum",
+    "minimum",
 }
 
 

@@ -9,9 +9,7 @@ import numpy as np
 from ..errors import UsageError
 
 
-def apportion(
-    weights: Sequence[float], total: int, lower: int | Sequence[int], upper: Sequence[int]
-) -> list[int]:
+def apportion(weights: Sequence[float], total: int, lower: int | Sequence[int], upper: Sequence[int]) -> list[int]:
     """Split `total` over layers in proportion to `weights`, each within [lower, upper]; the sum is exact.
 
     Layers that would pass a bound are set to it and the rest is shared anew (the water-filling that ERK does with

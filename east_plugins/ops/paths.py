@@ -22,20 +22,61 @@ from .maskable import theoretical_size
 
 #: Operations by name, without leading and trailing underscores.
 IDENTITIES = {
-    "relu", "relu6", "leaky_relu", "prelu", "rrelu", "elu", "celu", "selu", "gelu", "silu", "mish", "sigmoid",
-    "hardsigmoid", "logsigmoid", "tanh", "hardtanh", "tanhshrink", "hardshrink", "softshrink", "softplus", "softsign",
-    "hardswish", "threshold", "clamp", "clip", "softmax", "log_softmax", "softmin",
-    "batch_norm", "layer_norm", "rms_norm", "group_norm", "instance_norm", "local_response_norm", "normalize",
-    "dropout", "dropout1d", "dropout2d", "dropout3d", "alpha_dropout", "feature_dropout", "feature_alpha_dropout",
+    "relu",
+    "relu6",
+    "leaky_relu",
+    "prelu",
+    "rrelu",
+    "elu",
+    "celu",
+    "selu",
+    "gelu",
+    "silu",
+    "mish",
+    "sigmoid",
+    "hardsigmoid",
+    "logsigmoid",
+    "tanh",
+    "hardtanh",
+    "tanhshrink",
+    "hardshrink",
+    "softshrink",
+    "softplus",
+    "softsign",
+    "hardswish",
+    "threshold",
+    "clamp",
+    "clip",
+    "softmax",
+    "log_softmax",
+    "softmin",
+    "batch_norm",
+    "layer_norm",
+    "rms_norm",
+    "group_norm",
+    "instance_norm",
+    "local_response_norm",
+    "normalize",
+    "dropout",
+    "dropout1d",
+    "dropout2d",
+    "dropout3d",
+    "alpha_dropout",
+    "feature_dropout",
+    "feature_alpha_dropout",
 }
 LAYERS = {
-    "linear", "conv1d", "conv2d", "conv3d", "conv_transpose1d", "conv_transpose2d", "conv_transpose3d",
+    "linear",
+    "conv1d",
+    "conv2d",
+    "conv3d",
+    "conv_transpose1d",
+    "conv_transpose2d",
+    "conv_transpose3d",
 }
 
 
-def path_positions(
-    model: nn.Module, masks: Mapping[str, Tensor], input_shape: Sequence[int]
-) -> dict[str, Tensor]:
+def path_positions(model: nn.Module, masks: Mapping[str, Tensor], input_shape: Sequence[int]) -> dict[str, Tensor]:
     """For every mask the positions, active or not, at which an active weight is or would be on a path.
 
     Boolean tensors of the masks' shapes, on their devices. Parameters without a mask count as connections, and so
@@ -64,9 +105,7 @@ def effective_density(model: nn.Module, masks: Mapping[str, Tensor], input_shape
     return sum(int(mask.sum()) for mask in on_path(model, masks, input_shape).values()) / theoretical_size(model)
 
 
-def run_with(
-    model: nn.Module, weights: Mapping[str, Tensor], x: Tensor, mode: TorchFunctionMode
-) -> list[Tensor]:
+def run_with(model: nn.Module, weights: Mapping[str, Tensor], x: Tensor, mode: TorchFunctionMode) -> list[Tensor]:
     """The model's outputs for `x` under `mode`, in evaluation, with `weights` by name in place of its own.
 
     All other parameters are ones (scales pass everything on), biases zeros; activations that are being phased out

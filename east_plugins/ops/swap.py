@@ -36,7 +36,10 @@ def restore(module: nn.Module) -> None:
 @functools.cache
 def _subclass(mixin: type[Swapped], base: type[nn.Module]) -> type:
     namespace = dict(
-        east_mixin=mixin, east_base=base, __module__=base.__module__, __qualname__=base.__qualname__,
+        east_mixin=mixin,
+        east_base=base,
+        __module__=base.__module__,
+        __qualname__=base.__qualname__,
         __doc__=base.__doc__,
     )
     return types.new_class(base.__name__, (mixin, base), exec_body=lambda ns: ns.update(namespace))

@@ -24,8 +24,14 @@ METHODS: dict[str, dict[str, Any]] = {
     "set": dict(growth="random", death="magnitude", update=1500),
     "rigl": dict(growth="gradient", death="magnitude", update=4000),
     "snfs": dict(growth="momentum", death="magnitude", redistribution="momentum", update=352),
-    "gmp": dict(growth="gradient", death="magnitude", death_rate=0.0, density_schedule="gradual", initial_density=1.0,
-                update=1000),
+    "gmp": dict(
+        growth="gradient",
+        death="magnitude",
+        death_rate=0.0,
+        density_schedule="gradual",
+        initial_density=1.0,
+        update=1000,
+    ),
     "granet": dict(growth="gradient", death="magnitude", prune_scope="global", density_schedule="gradual", update=1000),
     "east": dict(growth="gradient", death="magnitude", update=4000, tricks=("cyclic", "dyrelu", "share")),
 }
@@ -52,8 +58,9 @@ def _epochs(text: str) -> list[float]:
 class Config:
     """Options of `train`, with ITOP's names where it has them. None: depends on the method or the run's length."""
 
-    method: str = option("east", "method, with +trick for each addition: " + ", ".join(METHODS) + "; tricks: "
-                         + ", ".join(TRICKS))
+    method: str = option(
+        "east", "method, with +trick for each addition: " + ", ".join(METHODS) + "; tricks: " + ", ".join(TRICKS)
+    )
     model: str = option("resnet34", "network, see `info --model help`")
     width: int | None = option(None, "channels of the network's stem (default: its own, 64 in resnet34)", type=int)
     data: str = option("digits", "digits, mnist, fashionmnist, cifar10, cifar100, tinyimagenet, imagenet or folder")
@@ -131,7 +138,9 @@ class Config:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise UsageError(f"--{name.replace('_', '-')} must be at least 1, got {value}")
-        ranges = dict(lr=(0, 1e6), momentum=(0, 1), weight_decay=(0, 1e6), death_rate=(0, 1), seed=(-2**63, 2**64 - 1))
+        ranges = dict(
+            lr=(0, 1e6), momentum=(0, 1), weight_decay=(0, 1e6), death_rate=(0, 1), seed=(-(2**63), 2**64 - 1)
+        )
         for name, (low, high) in ranges.items():
             value = getattr(self, name)
             if value is not None and not low <= value <= high:
@@ -141,8 +150,13 @@ class Config:
                 raise UsageError(f"--lr-drops must be epochs from 0 on, got {epoch}")
 
     def _check_names(self) -> None:
-        for name, kind in (("growth", "growth"), ("death", "pruning"), ("redistribution", "redistribution"),
-                           ("sparse_init", "allocation"), ("decay_schedule", "rate")):
+        for name, kind in (
+            ("growth", "growth"),
+            ("death", "pruning"),
+            ("redistribution", "redistribution"),
+            ("sparse_init", "allocation"),
+            ("decay_schedule", "rate"),
+        ):
             value = getattr(self, name)
             if value is None or (name == "redistribution" and value == "none"):
                 continue
@@ -180,8 +194,9 @@ class Config:
         """Flag names to values: what `parse` reads back from YAML. Methods are recorded with all they stand for."""
         values = {name: value for name, value in vars(self).items() if name != "east" and value is not None}
         values |= {name: False for name in split_method(self.method, self.dctps) if name in _SWITCHES}
-        values |= {f"east_{name}": value for name, value in vars(self.east).items()
-                   if getattr(self.east, name.split("_")[0])}
+        values |= {
+            f"east_{name}": value for name, value in vars(self.east).items() if getattr(self.east, name.split("_")[0])
+        }
         return {name.replace("_", "-"): value for name, value in values.items()}
 
 

@@ -142,5 +142,3 @@ def _sums(x: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
     x = planes(x)
     over_rows = (rows @ x.flatten(2)).view(len(x), len(rows), *x.shape[2:])
     return columns @ over_rows
-
-

@@ -12,9 +12,7 @@ from . import kernel
 from .taps import in_planes, planes
 
 
-def normalise(
-    x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
-) -> tuple[Tensor, Tensor, Tensor]:
+def normalise(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> tuple[Tensor, Tensor, Tensor]:
     """Batch norm of a training batch [N, C, ...]; also its mean and unbiased variance [C], without gradients."""
     if in_planes(x) and x.device.type == "cpu" and x.dtype in kernel.REAL and kernel.load(x.dtype) is not None:
         y, mean, variance = _Normalise.apply(x, weight, bias, eps)

@@ -148,4 +148,3 @@ class _Convolve(torch.autograd.Function):
 def _gather(struct: kernel.Geometry, side: _Side, values: Tensor, x: Tensor, out: Tensor) -> None:
     tensors: Sequence[Tensor | None] = (side.begin, side.read, side.row, side.column, side.order, values, x, out)
     kernel.load(x.dtype).gather(ctypes.byref(struct), side.channels, *map(kernel.pointer, tensors))
-

@@ -91,9 +91,7 @@ def _mnist(folder: str, root: Path, size: int | None) -> Splits:
     return labelled("train"), labelled("t10k")
 
 
-def _cifar(
-    folder: str, key: str, train: Sequence[str], test: Sequence[str], root: Path, size: int | None
-) -> Splits:
+def _cifar(folder: str, key: str, train: Sequence[str], test: Sequence[str], root: Path, size: int | None) -> Splits:
     """Checksums are not compared, so that images compressed anew can be used too."""
 
     def labelled(files: Sequence[str]) -> Labelled:
@@ -164,7 +162,9 @@ def _list(folder: Path, classes: Sequence[str]) -> tuple[list[str], list[int]]:
     for label, name in enumerate(classes):
         found = sorted(
             os.path.join(where, file)
-            for where, _, files in os.walk(folder / name) for file in files if file.lower().endswith(EXTENSIONS)
+            for where, _, files in os.walk(folder / name)
+            for file in files
+            if file.lower().endswith(EXTENSIONS)
         )
         paths += found
         labels += [label] * len(found)
@@ -263,16 +263,17 @@ class Source(NamedTuple):
     shape: tuple[int, int] | None = None
 
 
-_cifar10 = partial(
-    _cifar, "cifar-10-batches-py", "labels", [f"data_batch_{i}" for i in range(1, 6)], ["test_batch"]
-)
+_cifar10 = partial(_cifar, "cifar-10-batches-py", "labels", [f"data_batch_{i}" for i in range(1, 6)], ["test_batch"])
 _cifar100 = partial(_cifar, "cifar-100-python", "fine_labels", ["train"], ["test"])
 
 SOURCES = {
     "digits": Source(_digits, "", False, crop=False, shape=(1, 16)),
     "mnist": Source(partial(_mnist, "MNIST"), "MNIST/raw/train-images-idx3-ubyte ...", False, "MNIST", shape=(1, 28)),
     "fashionmnist": Source(
-        partial(_mnist, "FashionMNIST"), "FashionMNIST/raw/train-images-idx3-ubyte ...", True, "FashionMNIST",
+        partial(_mnist, "FashionMNIST"),
+        "FashionMNIST/raw/train-images-idx3-ubyte ...",
+        True,
+        "FashionMNIST",
         shape=(1, 28),
     ),
     "cifar10": Source(_cifar10, "cifar-10-batches-py/data_batch_1 ...", True, "CIFAR10", shape=(3, 32)),

@@ -125,8 +125,12 @@ class ImageFiles(_Set):
             seeds = torch.randint(2**62, (kept,), generator=generator)
             draws = list(zip(order.tolist(), seeds.tolist(), strict=True))
         loader = torch.utils.data.DataLoader(
-            _Decoder(self.paths, self.size), batch_size, sampler=draws, num_workers=self.workers,
-            pin_memory=self.labels.is_cuda, generator=torch.Generator(),
+            _Decoder(self.paths, self.size),
+            batch_size,
+            sampler=draws,
+            num_workers=self.workers,
+            pin_memory=self.labels.is_cuda,
+            generator=torch.Generator(),
         )
         device = self.labels.device
         for index, images in loader:
@@ -177,8 +181,13 @@ class Data:
 
 
 def load(
-    name: str, data_dir: str | Path | None = None, image_size: int | None = None, validation: float = 0.1,
-    seed: int = 0, limit: int | None = None, download: bool = False,
+    name: str,
+    data_dir: str | Path | None = None,
+    image_size: int | None = None,
+    validation: float = 0.1,
+    seed: int = 0,
+    limit: int | None = None,
+    download: bool = False,
 ) -> Data:
     """The data set called `name`, read from `data_dir`.
 

@@ -163,8 +163,12 @@ def plain(plan: str, classes: int, channels: int, size: int, width: int) -> nn.S
 def mlp(classes: int, channels: int, size: int, width: None) -> nn.Sequential:
     """LeNet-300-100 (LeCun et al. 1998) for images of any size."""
     return network(
-        flatten=nn.Flatten(), fc1=nn.Linear(channels * size * size, 300), relu1=nn.ReLU(),
-        fc2=nn.Linear(300, 100), relu2=nn.ReLU(), fc3=nn.Linear(100, classes),
+        flatten=nn.Flatten(),
+        fc1=nn.Linear(channels * size * size, 300),
+        relu1=nn.ReLU(),
+        fc2=nn.Linear(300, 100),
+        relu2=nn.ReLU(),
+        fc3=nn.Linear(100, classes),
     )
 
 
@@ -174,9 +178,16 @@ def lenet5(classes: int, channels: int, size: int, width: None) -> nn.Sequential
     if side < 1:
         raise UsageError(f"lenet5 needs images of at least 16 pixels, got {size}")
     return network(
-        conv1=nn.Conv2d(channels, 20, 5), relu1=nn.ReLU(), pool1=nn.MaxPool2d(2),
-        conv2=nn.Conv2d(20, 50, 5), relu2=nn.ReLU(), pool2=nn.MaxPool2d(2), flatten=nn.Flatten(),
-        fc3=nn.Linear(50 * side * side, 500), relu3=nn.ReLU(), fc4=nn.Linear(500, classes),
+        conv1=nn.Conv2d(channels, 20, 5),
+        relu1=nn.ReLU(),
+        pool1=nn.MaxPool2d(2),
+        conv2=nn.Conv2d(20, 50, 5),
+        relu2=nn.ReLU(),
+        pool2=nn.MaxPool2d(2),
+        flatten=nn.Flatten(),
+        fc3=nn.Linear(50 * side * side, 500),
+        relu3=nn.ReLU(),
+        fc4=nn.Linear(500, classes),
     )
 
 
@@ -260,6 +271,4 @@ def _torchvision(name: str, num_classes: int, in_channels: int, width: int | Non
     if in_channels != 3 or width is not None:
         wrong = f"--width {width}" if width is not None else f"images of {in_channels} channels"
         raise UsageError(f"model {name} has a fixed width and takes 3 channels, got {wrong}")
-    return import_torchvision().models.get_model(
-        name.removeprefix(TORCHVISION), weights=None, num_classes=num_classes
-    )
+    return import_torchvision().models.get_model(name.removeprefix(TORCHVISION), weights=None, num_classes=num_classes)

@@ -66,8 +66,7 @@ class Progress:
         loss, correct, images = (float(value) for value in trainer.totals.values())
         images = max(1, images)
         return (
-            f"loss {loss / images:.3f} acc {correct / images:.1%} density {trainer.density:.5f} "
-            f"beta {trainer.beta:.2f}"
+            f"loss {loss / images:.3f} acc {correct / images:.1%} density {trainer.density:.5f} beta {trainer.beta:.2f}"
         )
 
 

@@ -36,7 +36,7 @@ UPDATE_TARGET_MS = 30
 
 
 def run(command: list[str], seconds: float, log: Path) -> str:
-    """"ok", "exit N" or "stopped after N s"; output goes to `log`. The whole process group ends with it."""
+    """ "ok", "exit N" or "stopped after N s"; output goes to `log`. The whole process group ends with it."""
     if seconds < 1:
         return "no time left"
     with log.open("w") as file:

@@ -100,7 +100,8 @@ def test_a_weight_is_stored_once_and_computed_with_at_every_use():
     assert found.nonzeros == 5 + 16
     assert (found.dense_macs, found.sparse_macs) == (3 * 16, 3 * 5)
     assert [(layer.name, layer.shape, layer.density) for layer in found.layers] == [
-        ("a.weight", (4, 4), 5 / 16), ("unused.weight", (4, 4), 1.0)
+        ("a.weight", (4, 4), 5 / 16),
+        ("unused.weight", (4, 4), 1.0),
     ]
 
 
@@ -141,7 +142,14 @@ def test_the_model_is_left_as_it_was():
 def test_costs_are_json():
     found = asdict(costs(models.build("mlp", 10, in_channels=1, image_size=8), (1, 8, 8), {"fc1.weight": 192}))
     assert list(found) == [
-        "parameters", "parameter_mib", "stored_mib", "maskable", "nonzeros", "dense_macs", "sparse_macs", "layers"
+        "parameters",
+        "parameter_mib",
+        "stored_mib",
+        "maskable",
+        "nonzeros",
+        "dense_macs",
+        "sparse_macs",
+        "layers",
     ]
     assert found["layers"][0] == {"name": "fc1.weight", "shape": (300, 64), "density": 0.01}
 

@@ -38,8 +38,16 @@ def sides(model, input_shape):
 
 def test_chain_through_norm_activation_and_pooling():
     model = nn.Sequential(
-        nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(inplace=True), nn.AvgPool2d(2), nn.MaxPool2d(2, padding=1),
-        nn.Conv2d(4, 5, 3, padding=1), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(5, 6), nn.LogSoftmax(1),
+        nn.Conv2d(3, 4, 3),
+        nn.BatchNorm2d(4),
+        nn.ReLU(inplace=True),
+        nn.AvgPool2d(2),
+        nn.MaxPool2d(2, padding=1),
+        nn.Conv2d(4, 5, 3, padding=1),
+        nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(),
+        nn.Linear(5, 6),
+        nn.LogSoftmax(1),
     )
     wiring = wiring_of(model, (3, 16, 16))
     first, second, last = wiring.layers.values()

@@ -91,9 +91,7 @@ def test_concatenation():
 
 
 def test_depthwise_convolution_keeps_channels_apart():
-    model = nn.Sequential(
-        nn.Conv2d(1, 2, 1), nn.Conv2d(2, 2, 3, padding=1, groups=2), nn.Flatten(), nn.Linear(32, 1)
-    )
+    model = nn.Sequential(nn.Conv2d(1, 2, 1), nn.Conv2d(2, 2, 3, padding=1, groups=2), nn.Flatten(), nn.Linear(32, 1))
     masks = masks_of(model, ("0", (0, 0)), ("1", (slice(None), 0, 1, 1)), ("3", (0, slice(None))))
     on = on_path(model, masks, (1, 4, 4))
     assert positions(on["1.weight"]) == {(0, 0, 1, 1)}
@@ -158,15 +156,34 @@ def test_no_depth_overflows_or_underflows():
     wide = nn.Linear(10, 10)  # here 1 of 10 paths goes through all of the narrow ones
     narrow = nn.Sequential(wide, *[nn.Sequential(nn.Linear(10, 10)) for _ in range(400)])
     masks = {name: torch.eye(10, dtype=torch.bool) for name in maskable(narrow)}
-    assert all(torch.equal(found, torch.ones(10, 10, dtype=torch.bool))
-               for found in path_positions(narrow, masks, (10,)).values())
+    assert all(
+        torch.equal(found, torch.ones(10, 10, dtype=torch.bool))
+        for found in path_positions(narrow, masks, (10,)).values()
+    )
 
 
 @pytest.mark.parametrize(
     "module",
-    [nn.ReLU(), nn.ReLU(True), nn.Sigmoid(), nn.Tanh(), nn.GELU(), nn.PReLU(), nn.LeakyReLU(), nn.SiLU(), nn.Mish(),
-     nn.Hardswish(), nn.Softplus(), nn.ELU(), nn.Softmax(1), nn.LogSoftmax(1), nn.Dropout(), nn.BatchNorm1d(4),
-     nn.LayerNorm(4), nn.GroupNorm(2, 4)],
+    [
+        nn.ReLU(),
+        nn.ReLU(True),
+        nn.Sigmoid(),
+        nn.Tanh(),
+        nn.GELU(),
+        nn.PReLU(),
+        nn.LeakyReLU(),
+        nn.SiLU(),
+        nn.Mish(),
+        nn.Hardswish(),
+        nn.Softplus(),
+        nn.ELU(),
+        nn.Softmax(1),
+        nn.LogSoftmax(1),
+        nn.Dropout(),
+        nn.BatchNorm1d(4),
+        nn.LayerNorm(4),
+        nn.GroupNorm(2, 4),
+    ],
     ids=lambda module: type(module).__name__,
 )
 def test_a_dead_neuron_is_not_reached_through_norm_or_activation(module):
@@ -179,8 +196,13 @@ def test_a_dead_neuron_is_not_reached_through_norm_or_activation(module):
 def test_max_pooling_reads_every_position(seed):
     def net(pool):
         return nn.Sequential(
-            nn.Conv2d(1, 3, 3, padding=1), pool, nn.Conv2d(3, 3, 3, padding=1), nn.ReLU(),
-            nn.AdaptiveMaxPool2d(1), nn.Flatten(), nn.Linear(3, 2),
+            nn.Conv2d(1, 3, 3, padding=1),
+            pool,
+            nn.Conv2d(3, 3, 3, padding=1),
+            nn.ReLU(),
+            nn.AdaptiveMaxPool2d(1),
+            nn.Flatten(),
+            nn.Linear(3, 2),
         )
 
     masks = random_masks(net(nn.Identity()), 0.25, seed)

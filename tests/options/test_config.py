@@ -50,8 +50,13 @@ def test_values_given_by_hand_stand_as_given():
 def test_tricks_add_up(trick):
     options = parse(f"--method rigl+{trick}")
     assert options.growth == "gradient"
-    on = {"cyclic": options.east.cyclic, "dyrelu": options.east.dyrelu, "share": options.east.share,
-          "connected": options.sparse_init == "connected", "dctps": options.dctps}
+    on = {
+        "cyclic": options.east.cyclic,
+        "dyrelu": options.east.dyrelu,
+        "share": options.east.share,
+        "connected": options.sparse_init == "connected",
+        "dctps": options.dctps,
+    }
     assert on == {name: name == trick for name in TRICKS}
 
 

@@ -377,9 +377,7 @@ def test_auto_changes_nothing_but_the_speed_and_can_be_resumed(caplog):
 @pytest.mark.parametrize("faster", ["dense", "sparse"])
 def test_auto_takes_the_faster(monkeypatch, faster):
     seconds = {"dense": 1.0, "sparse": 1.0, faster: 0.5}
-    monkeypatch.setattr(
-        Engine, "_measure", lambda self, x, plans: seconds["dense" if plans is None else "sparse"]
-    )
+    monkeypatch.setattr(Engine, "_measure", lambda self, x, plans: seconds["dense" if plans is None else "sparse"])
     model, host, engine = build("auto", frequency=None)
     train(model, host, 2)
     assert all(engine.holds_gradient(name) == (faster == "sparse") for name in host.masks)

@@ -77,7 +77,9 @@ def test_every_image_is_a_crop_of_its_zero_padded_self_and_each_has_its_own():
         padded = torch.nn.functional.pad(source.images[label].float(), [2] * 4)
         crops = {
             (top, left, mirror): torch.equal(x, crop.flip(-1) if mirror else crop)
-            for top in range(5) for left in range(5) for mirror in (False, True)
+            for top in range(5)
+            for left in range(5)
+            for mirror in (False, True)
             for crop in [padded[:, top : top + 6, left : left + 6]]
         }
         assert sum(crops.values()) == 1
@@ -113,9 +115,7 @@ def test_batches_come_on_the_device_of_the_set():
 # Splits
 
 
-@given(
-    counts=st.lists(st.integers(2, 40), min_size=1, max_size=6), share=st.floats(0.01, 0.5), seed=st.integers(0, 99)
-)
+@given(counts=st.lists(st.integers(2, 40), min_size=1, max_size=6), share=st.floats(0.01, 0.5), seed=st.integers(0, 99))
 def test_split_takes_the_share_of_every_class_and_loses_nothing(counts, share, seed):
     labels = torch.arange(len(counts)).repeat_interleave(torch.tensor(counts))
     labels = labels[torch.randperm(len(labels), generator=seeded(seed))]

@@ -41,7 +41,8 @@ def test_lenets_have_their_published_sizes():
     ("name", "shape"),
     [
         (name, (channels, pixels, pixels))
-        for name in models.names() for channels, pixels in [(3, 32), (1, 8), (1, 16), (1, 28), (3, 64)]
+        for name in models.names()
+        for channels, pixels in [(3, 32), (1, 8), (1, 16), (1, 28), (3, 64)]
         if (name, pixels) != ("lenet5", 8)  # its convolutions reach further
     ],
     ids=str,
@@ -53,8 +54,16 @@ def test_every_network_takes_small_images_of_any_size_and_gives_logits(name, sha
 
 def test_parameter_names_are_those_of_the_published_scripts():
     names = dict(build_without_memory("resnet34", 10).named_parameters()).keys()
-    assert {"conv1.weight", "bn1.bias", "layer1.0.conv1.weight", "layer1.0.bn2.weight", "layer2.0.shortcut.0.weight",
-            "layer2.0.shortcut.1.bias", "layer4.2.conv2.weight", "fc.weight"} <= names
+    assert {
+        "conv1.weight",
+        "bn1.bias",
+        "layer1.0.conv1.weight",
+        "layer1.0.bn2.weight",
+        "layer2.0.shortcut.0.weight",
+        "layer2.0.shortcut.1.bias",
+        "layer4.2.conv2.weight",
+        "fc.weight",
+    } <= names
     assert "layer1.0.shortcut.0.weight" not in names
     wide = dict(build_without_memory("wrn-16-8", 10).named_parameters()).keys()
     assert {"conv1.weight", "layer1.0.conv1.weight", "layer3.1.bn2.weight", "bn1.weight", "fc.bias"} <= wide

@@ -164,8 +164,11 @@ def test_every_method_ends_at_its_density(method, tmp_path):
 @pytest.mark.parametrize(
     # eight channels: oneDNN's strided 1x1 convolutions in channels-last overrun their memory under eight (torch 2.13)
     "flags",
-    ["--optimizer adam --amp", "--optimizer adamw --channels-last --width 8 --east-dyrelu-type mish",
-     "--method rigl --lr-drops 1.5,1e308"],
+    [
+        "--optimizer adam --amp",
+        "--optimizer adamw --channels-last --width 8 --east-dyrelu-type mish",
+        "--method rigl --lr-drops 1.5,1e308",
+    ],
 )
 def test_other_optimizers_precision_and_layout(flags, tmp_path):
     assert train(tmp_path / "r", "--epochs", "2", "--lr-drops", "1.5", *flags.split()) == 0
@@ -316,8 +319,14 @@ def test_info_prints_one_object(capsys):
 
 @pytest.mark.parametrize(
     "flags, channels, size",
-    [("--data digits", 1, 16), ("--data mnist", 1, 28), ("--data cifar100", 3, 32), ("", 3, 32),
-     ("--data folder", 3, 32), ("--data digits --image-size 8 --channels 2", 2, 8)],
+    [
+        ("--data digits", 1, 16),
+        ("--data mnist", 1, 28),
+        ("--data cifar100", 3, 32),
+        ("", 3, 32),
+        ("--data folder", 3, 32),
+        ("--data digits --image-size 8 --channels 2", 2, 8),
+    ],
 )
 def test_info_counts_images_as_the_data_has_them(flags, channels, size, capsys):
     common = "info --model resnet20 --width 4 --density 0.2 --json".split()

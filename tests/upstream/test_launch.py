@@ -272,9 +272,13 @@ def test_a_state_that_cannot_be_written_is_refused_before_the_script_starts(caps
         (["--sparse", "--blocks", "1", "--east-share"], "--east-share needs a stage with a block equal"),
         (["--sparse", "--east-cyclic", "--east-cyclic-length", "3"], "--east-cyclic-length: 2 cycles close"),
         (["--sparse", "--east-cyclic", "--east-cyclic-length", "1e308"], "--east-cyclic-length must be .* got 1e.308"),
-        *((["--sparse", "--east-cyclic", "--east-cyclic-length-mult", x, "--east-cyclic-cycles", "4"], message)
-          for x, message in (("1e200", "--east-cyclic-length-mult 1e.200: 4 such cycles never close; allowed"),
-                             ("1e90", r"4 cycles close at step [\d.]+e.270; allowed"))),
+        *(
+            (["--sparse", "--east-cyclic", "--east-cyclic-length-mult", x, "--east-cyclic-cycles", "4"], message)
+            for x, message in (
+                ("1e200", "--east-cyclic-length-mult 1e.200: 4 such cycles never close; allowed"),
+                ("1e90", r"4 cycles close at step [\d.]+e.270; allowed"),
+            )
+        ),
         (["--sparse", "--host", "rigl", "--east-cyclic", "--east-cyclic-length", "1.6"], "last step, 30"),
         (["--sparse", "--east-dyrelu", "--east-dyrelu-end", "9"], "--east-dyrelu-end 9 lies after the last of 4"),
         (["--sparse", "--east-cyclic-length", "1"], "--east-cyclic-length needs --east-cyclic"),

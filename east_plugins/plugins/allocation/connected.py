@@ -163,9 +163,7 @@ def settle(
             return stray
 
 
-def _structure(
-    model: nn.Module, names: Iterable[str], input_shape: Sequence[int]
-) -> tuple[Wiring, dict[str, Tensor]]:
+def _structure(model: nn.Module, names: Iterable[str], input_shape: Sequence[int]) -> tuple[Wiring, dict[str, Tensor]]:
     """Wiring of the layers, and their positions that lie on a path of the dense network."""
     parameters = dict(model.named_parameters(remove_duplicate=False))
     shapes = {name: parameters[name].shape for name in names}

@@ -113,7 +113,9 @@ def _convolutions(block: nn.Module) -> Block:
     return {
         name: module
         for name, module in layers(block)
-        if name and type(module).forward in FORWARDS and "weight" in module._parameters
+        if name
+        and type(module).forward in FORWARDS
+        and "weight" in module._parameters
         and not any(word in name.lower() for word in _SHORTCUTS)
     }
 

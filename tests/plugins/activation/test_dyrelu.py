@@ -89,11 +89,14 @@ def test_factories_by_name_keep_the_shape(name):
     assert factory(name)(8)(x).shape == x.shape
 
 
-@pytest.mark.parametrize("name, options, said", [
-    ("dyrelu", {}, "dyrelu-a"),
-    ("prelu", {"reduction": 4}, "reduction"),
-    ("nowhere.to:be_found", {}, "nowhere"),
-])
+@pytest.mark.parametrize(
+    "name, options, said",
+    [
+        ("dyrelu", {}, "dyrelu-a"),
+        ("prelu", {"reduction": 4}, "reduction"),
+        ("nowhere.to:be_found", {}, "nowhere"),
+    ],
+)
 def test_unknown_names_and_options_are_refused(name, options, said):
     with pytest.raises(UsageError, match=said):
         factory(name, **options)

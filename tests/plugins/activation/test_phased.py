@@ -340,15 +340,23 @@ class Host:
         self.plugin(self)
 
 
-@pytest.mark.parametrize("scheduler", [
-    lambda o: torch.optim.lr_scheduler.LambdaLR(o, lambda step: 0.9**step),
-    lambda o: torch.optim.lr_scheduler.MultiStepLR(o, [2, 4]),
-], ids=["LambdaLR", "MultiStepLR"])
-@pytest.mark.parametrize("optimizer", [
-    lambda net: torch.optim.SGD(net.parameters(), 0.1, momentum=0.9),
-    lambda net: torch.optim.Adam([{"params": net.stem.parameters()}, {"params": net.blocks.parameters()}], 0.1),
-    lambda net: torch.optim.AdamW(net.named_parameters(), 0.1),
-], ids=["SGD", "groups", "named"])
+@pytest.mark.parametrize(
+    "scheduler",
+    [
+        lambda o: torch.optim.lr_scheduler.LambdaLR(o, lambda step: 0.9**step),
+        lambda o: torch.optim.lr_scheduler.MultiStepLR(o, [2, 4]),
+    ],
+    ids=["LambdaLR", "MultiStepLR"],
+)
+@pytest.mark.parametrize(
+    "optimizer",
+    [
+        lambda net: torch.optim.SGD(net.parameters(), 0.1, momentum=0.9),
+        lambda net: torch.optim.Adam([{"params": net.stem.parameters()}, {"params": net.blocks.parameters()}], 0.1),
+        lambda net: torch.optim.AdamW(net.named_parameters(), 0.1),
+    ],
+    ids=["SGD", "groups", "named"],
+)
 def test_joining_an_optimizer_that_has_an_lr_scheduler(net, x, optimizer, scheduler):
     optimizer = optimizer(net)
     scheduler = scheduler(optimizer)

@@ -80,8 +80,14 @@ def test_a_random_mask_of_resnet34_at_9999_is_disconnected():
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "name, density, low, high",
-    [("resnet34", 0.001, 18000, 20000), ("resnet34", 0.0005, 6000, 7200), ("resnet34", 0.0001, 0, 50),
-     ("resnet50", 0.001, 8500, 11000), ("resnet50", 0.0005, 0, 300), ("resnet50", 0.0001, 0, 0)],
+    [
+        ("resnet34", 0.001, 18000, 20000),
+        ("resnet34", 0.0005, 6000, 7200),
+        ("resnet34", 0.0001, 0, 50),
+        ("resnet50", 0.001, 8500, 11000),
+        ("resnet50", 0.0005, 0, 300),
+        ("resnet50", 0.0001, 0, 0),
+    ],
 )
 def test_random_masks_collapse_where_training_does(name, density, low, high):
     model = models.build(name, 10)

@@ -78,10 +78,13 @@ def tied(model):
 # ---------------------------------------------------------------- which blocks
 
 
-@pytest.mark.parametrize("name, classes, pairs, count", [
-    ("resnet34", 100, 16, 11_227_572),
-    ("resnet50", 10, 24, 13_981_282),
-])
+@pytest.mark.parametrize(
+    "name, classes, pairs, count",
+    [
+        ("resnet34", 100, 16, 11_227_572),
+        ("resnet50", 10, 24, 13_981_282),
+    ],
+)
 def test_numbers_of_the_paper(name, classes, pairs, count):
     with torch.device("meta"):
         model = models.build(name, classes)
@@ -109,10 +112,18 @@ def test_a_stage_that_keeps_the_width_starts_where_the_structure_changes():
     assert {b[7]: a[7] for b, a in share(model).items()} == {"2": "1", "5": "4"}
 
 
-@pytest.mark.parametrize("change", [
-    dict(stride=2), dict(padding=0), dict(dilation=2), dict(groups=4), dict(kernel_size=5),
-    dict(padding_mode="circular"),
-], ids=str)
+@pytest.mark.parametrize(
+    "change",
+    [
+        dict(stride=2),
+        dict(padding=0),
+        dict(dilation=2),
+        dict(groups=4),
+        dict(kernel_size=5),
+        dict(padding_mode="circular"),
+    ],
+    ids=str,
+)
 def test_blocks_that_differ_are_not_tied(change):
     model = flat((4, 4), (4, 4), (4, 4))
     arguments = dict(kernel_size=3, padding=1, bias=False)
@@ -160,9 +171,15 @@ def test_activations_of_a_plugin_are_no_blocks():
         share(model)
 
 
-@pytest.mark.parametrize("model", [
-    models.build("vgg16", 10, width=4), models.build("resnet18", 10, width=4), models.build("mlp", 10),
-], ids=["vgg16", "resnet18", "mlp"])
+@pytest.mark.parametrize(
+    "model",
+    [
+        models.build("vgg16", 10, width=4),
+        models.build("resnet18", 10, width=4),
+        models.build("mlp", 10),
+    ],
+    ids=["vgg16", "resnet18", "mlp"],
+)
 def test_nothing_to_share_is_refused(model):
     with pytest.raises(NothingMatchedError, match="^--east-share needs a stage .* the model has none$"):
         share(model)
@@ -231,10 +248,17 @@ def test_unsharing_keeps_the_function_and_leaves_plain_layers():
 # ---------------------------------------------------------------- ties
 
 
-@pytest.mark.parametrize("through", [
-    copy.deepcopy, through_pickle, lambda m: m.to(torch.float64), lambda m: m.half().float(),
-    lambda m: copy.deepcopy(copy.deepcopy(m)).eval(),
-], ids=["deepcopy", "pickle", "to", "half", "twice"])
+@pytest.mark.parametrize(
+    "through",
+    [
+        copy.deepcopy,
+        through_pickle,
+        lambda m: m.to(torch.float64),
+        lambda m: m.half().float(),
+        lambda m: copy.deepcopy(copy.deepcopy(m)).eval(),
+    ],
+    ids=["deepcopy", "pickle", "to", "half", "twice"],
+)
 def test_ties_hold_through(through):
     model = net()
     share(model)

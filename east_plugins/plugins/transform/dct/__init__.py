@@ -1,8 +1,8 @@
 """DCTpS: layers with the weight alpha D + S, a fixed DCT matrix and a trainable sparse one (Price and Tanner 2021).
 
-    convert(model)         # in place; S of every layer is zero, to be masked and trained as any weight
-    ...
-    materialize(model)     # in place; plain layers with alpha D + S in them
+convert(model)         # in place; S of every layer is zero, to be masked and trained as any weight
+...
+materialize(model)     # in place; plain layers with alpha D + S in them
 """
 
 from .convert import convert, materialize

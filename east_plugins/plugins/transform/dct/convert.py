@@ -54,9 +54,7 @@ def convert(
         raise UsageError("the model has DCT layers (--dctps) already")
     patterns = [match] if isinstance(match, str) else list(match)
     found = {
-        name: layer
-        for name, layer in layers(model)
-        if any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
+        name: layer for name, layer in layers(model) if any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
     }
     _refuse_tied(model, found)
     encoders = [module for module in model.modules() if isinstance(module, nn.TransformerEncoderLayer)]

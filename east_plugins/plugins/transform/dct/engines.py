@@ -105,8 +105,13 @@ def _supported(layer: DCTLayer, input: Tensor) -> bool:
 def _plan(layer: DCTLayer, input: Tensor) -> Plan:
     gradients = torch.is_grad_enabled() and (input.requires_grad, layer.weight.requires_grad)
     key = (
-        type(layer), layer.extra_repr(), input.numel().bit_length(), input.dtype, input.device,
-        torch.get_num_threads(), gradients,
+        type(layer),
+        layer.extra_repr(),
+        input.numel().bit_length(),
+        input.dtype,
+        input.device,
+        torch.get_num_threads(),
+        gradients,
     )
     if key not in _plans:
         _plans[key] = _measure(layer, input)

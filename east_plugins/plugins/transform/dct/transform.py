@@ -90,7 +90,11 @@ def dct(input: Tensor, out: int) -> Tensor:
 
 
 def patches(
-    input: Tensor, kernel: Sequence[int], stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int],
+    input: Tensor,
+    kernel: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
     groups: int = 1,
 ) -> Tensor:
     """The patches that a convolution with these settings sees in `input` (batch, channels, *positions): shape

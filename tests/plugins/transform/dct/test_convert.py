@@ -14,8 +14,12 @@ from east_plugins.training import models
 
 def network():
     return nn.Sequential(
-        nn.Conv2d(3, 6, 3, padding=1), nn.BatchNorm2d(6), nn.ReLU(), nn.Conv2d(6, 4, 3, stride=2, bias=False),
-        nn.Flatten(), nn.Linear(36, 5),
+        nn.Conv2d(3, 6, 3, padding=1),
+        nn.BatchNorm2d(6),
+        nn.ReLU(),
+        nn.Conv2d(6, 4, 3, stride=2, bias=False),
+        nn.Flatten(),
+        nn.Linear(36, 5),
     )
 
 
@@ -70,8 +74,9 @@ def test_optimizer_and_scheduler_made_before_go_on():
 def test_masked_training_keeps_s_sparse_and_its_count_exact():
     model = network()
     dct.convert(model)
-    mask = Masking(torch.optim.Adam(model.parameters(), 1e-2), death_mode="magnitude", growth_mode="gradient",
-                   update_frequency=2)
+    mask = Masking(
+        torch.optim.Adam(model.parameters(), 1e-2), death_mode="magnitude", growth_mode="gradient", update_frequency=2
+    )
     mask.add_module(model, density=0.2)
     assert set(mask.masks) == {"0.weight", "3.weight", "5.weight"}
     wanted = round(0.2 * sum(weight.numel() for weight in maskable(model).values()))
@@ -116,12 +121,15 @@ def test_published_layers_are_refused():
         dct.convert(model)
 
 
-@pytest.mark.parametrize("call", [
-    lambda: dct.convert(network(), "layer9*"),
-    lambda: dct.convert(nn.Sequential(nn.ReLU())),
-    lambda: dct.convert(nn.MultiheadAttention(8, 2)),  # it reads its layer's weight, its forward is not called
-    lambda: dct.materialize(network()),
-])
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda: dct.convert(network(), "layer9*"),
+        lambda: dct.convert(nn.Sequential(nn.ReLU())),
+        lambda: dct.convert(nn.MultiheadAttention(8, 2)),  # it reads its layer's weight, its forward is not called
+        lambda: dct.materialize(network()),
+    ],
+)
 def test_says_when_nothing_matched(call):
     with pytest.raises(NothingMatchedError, match="--dctps"):
         call()
@@ -147,11 +155,14 @@ def test_sharing_after_it_is_refused():
         sharing.share(model)
 
 
-@pytest.mark.parametrize("options, message", [
-    (dict(engine="quick"), "auto, dense, fft, separable"),
-    (dict(alpha={"1": 0.5}), "'1', which is none of 0, 3, 5"),
-    (dict(optimizer=torch.optim.SGD([torch.zeros(1)], 0.1)), "no parameter of the model"),
-])
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        (dict(engine="quick"), "auto, dense, fft, separable"),
+        (dict(alpha={"1": 0.5}), "'1', which is none of 0, 3, 5"),
+        (dict(optimizer=torch.optim.SGD([torch.zeros(1)], 0.1)), "no parameter of the model"),
+    ],
+)
 def test_wrong_options_leave_the_model_unchanged(options, message):
     model = network()
     with pytest.raises(UsageError, match=message):

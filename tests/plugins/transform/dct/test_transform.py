@@ -19,7 +19,13 @@ SHAPES = [
     (5, 3, 3, 3),  # truncated: 27 > 5
     (40, 3, 3, 3),  # padded: 27 < 40
     (27, 3, 3, 3),
-    (7, 4), (4, 7), (6, 5, 4), (9, 2, 1, 1), (3, 2, 2, 3), (4, 2, 2, 3, 2), (1, 1),
+    (7, 4),
+    (4, 7),
+    (6, 5, 4),
+    (9, 2, 1, 1),
+    (3, 2, 2, 3),
+    (4, 2, 2, 3, 2),
+    (1, 1),
 ]
 
 
@@ -117,12 +123,16 @@ def modules(monkeypatch):
 
 
 @published
-@pytest.mark.parametrize("options", [
-    dict(in_planes=10, planes=20, kernel_size=3, padding=1),
-    dict(in_planes=3, planes=30, kernel_size=3, stride=2, padding=1, bias=True),
-    dict(in_planes=12, planes=8, kernel_size=1, stride=2),
-    dict(in_planes=8, planes=12, kernel_size=5, padding=2, groups=4),
-], ids=str)
+@pytest.mark.parametrize(
+    "options",
+    [
+        dict(in_planes=10, planes=20, kernel_size=3, padding=1),
+        dict(in_planes=3, planes=30, kernel_size=3, stride=2, padding=1, bias=True),
+        dict(in_planes=12, planes=8, kernel_size=1, stride=2),
+        dict(in_planes=8, planes=12, kernel_size=5, padding=2, groups=4),
+    ],
+    ids=str,
+)
 @pytest.mark.parametrize("engine", ["dense", "fft", "separable"])
 def test_equals_the_published_convolution(modules, options, engine):
     theirs = modules.DCTplusConv2d(**options)
