@@ -12,14 +12,14 @@ from .errors import EastError, UnknownNameError
 
 #: Command to module, function, and its line of help.
 COMMANDS = {
-    "run": ("upstream.launch", "main", "run an existing script unmodified, with EAST attached to the host it builds"),
+    "run": ("commands.run", "main", "run an existing script unmodified, with EAST attached to the host it builds"),
     "train": ("__main__", "train", "train one network with the built-in trainer"),
     "compare": ("training.compare", "main", "train several methods and make a table and a plot"),
     "info": ("commands.info", "main", "parameters, memory and MACs of a network; no training"),
     "analyze": ("commands.analyze", "main", "topology, gradient flow and activations of finished runs"),
     "export": ("commands.export", "main", "write a run's sparse network as a deployable file"),
     "bench": ("commands.bench", "main", "timings as ratios, side by side in one process"),
-    "patch": ("upstream.patching", "main", "add the --east-* flags to a checkout of a published script"),
+    "patch": ("commands.patch", "main", "add the --east-* flags to a checkout of a published script"),
     "plugins": ("commands.info", "plugins", "list everything registered"),
 }
 

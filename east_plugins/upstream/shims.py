@@ -22,6 +22,8 @@ import numpy as np
 import torch
 
 from ..errors import MissingExtraError, UnknownNameError
+from .replacing import replaced
+from .runner import Lender
 
 _NUMPY = {
     "product": "prod", "cumproduct": "cumprod", "sometrue": "any", "alltrue": "all", "in1d": "isin", "round_": "round",
@@ -38,7 +40,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
         "--east-compat", nargs="?", const=",".join(SHIMS), default=argparse.SUPPRESS, metavar="NAMES",
         help="supply what the script needs to start today, and say on stderr what of it was used. All of the "
         "following, or with --east-compat=NAME,NAME only these. "
-        + "; ".join(f"{name}: {shim.__doc__.rstrip('.')}" for name, shim in SHIMS.items()),
+        + "; ".join(f"{name}: {(shim.__doc__ or '').rstrip('.')}" for name, shim in SHIMS.items()),
     )  # fmt: skip
 
 
@@ -64,9 +66,7 @@ def _tell(what: str) -> None:
 
 def _replace(stack: contextlib.ExitStack, owner: Any, name: str, make: Callable[[Any], Any]) -> None:
     """`owner.name` is `make(its old self)` until the stack closes."""
-    old = getattr(owner, name)
-    stack.callback(setattr, owner, name, old)
-    setattr(owner, name, make(old))
+    stack.enter_context(replaced(owner, name, make(getattr(owner, name))))
 
 
 def _removed_numpy(stack: contextlib.ExitStack, folder: Path) -> None:
@@ -104,7 +104,7 @@ def _removed_torch(stack: contextlib.ExitStack, folder: Path) -> None:
             return contents[name]
         raise AttributeError(name)
 
-    module.__getattr__ = getattribute
+    vars(module)["__getattr__"] = getattribute
     if "torch._six" not in sys.modules:
         sys.modules["torch._six"] = module
         stack.callback(sys.modules.pop, "torch._six", None)
@@ -220,7 +220,7 @@ class _Above(importlib.abc.MetaPathFinder):
 def _packages_above(stack: contextlib.ExitStack, folder: Path) -> None:
     """packages in the root of a checkout, for a script in one of its folders."""
     finder = _Above(folder)
-    place = next((i for i, f in enumerate(sys.meta_path) if type(f).__name__ == "_Lender"), len(sys.meta_path))
+    place = next((i for i, f in enumerate(sys.meta_path) if isinstance(f, Lender)), len(sys.meta_path))
     sys.meta_path.insert(place, finder)
     stack.callback(sys.meta_path.remove, finder)
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from east_plugins import __main__ as command_line
-from east_plugins.upstream.launch import main
+from east_plugins.commands.run import main
 
 SCRIPT = str(Path(__file__).parent / "script" / "main.py")
 ROOT = str(Path(__file__).parents[2])
