@@ -88,6 +88,7 @@ class Attachment:
         active weights are counted (EAST, Sec. 3.2).
         """
         model = unwrap(module)
+        check_built_in(model, self.options)
         factor = self._share(model) if self.options.share else 1.0
         hidden = [
             (owner, owner._parameters.pop("scale"))
@@ -116,6 +117,7 @@ class Attachment:
         options, self.length = self.options, length
         if length is not None:
             options = options.resolve(length.epochs, length.steps_per_epoch, length.first_drop)
+        check_built_in(model, options)
         if distributed.active() and (options.dyrelu or options.share):
             raise UsageError("--east-dyrelu and --east-share work in one process only with a script of its own")
         if options.cyclic:
@@ -264,6 +266,16 @@ class Attachment:
         """Restore what `state_dict` gave."""
         self.books.load_state_dict(state)
         self.generator.set_state(state["generator"].cpu())
+
+
+def check_built_in(model: nn.Module, options: EastOptions) -> None:
+    """Raise `UsageError` where a network brings with it what the options would add: DyReLU, or ES2's weight sharing."""
+    for name, module in model.named_modules():
+        if options.dyrelu and type(module).__name__.startswith("DyReLU"):
+            raise UsageError(f"--east-dyrelu: the network has DyReLU of its own, {type(module).__name__} at {name}")
+    shared = getattr(model, "get_shared_para", int)()
+    if options.share and shared:
+        raise UsageError(f"--east-share: the network shares {shared:,} weights between its blocks by itself")
 
 
 def _known(length: Length | None) -> Length:

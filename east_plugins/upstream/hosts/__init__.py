@@ -1,9 +1,9 @@
 """The hosts of masks that are known, one file each.
 
 To add a host: one file in this folder with a subclass of `Adapter` that has a `title`, the constructor `parameters`
-that tell it from the others, and `driven`, what goes around its methods (`family.DrivenMasking` where it updates its
-masks in `truncate_weights`, called from `step`). It is found by lying here. Its test: a script or host in its manner
-under tests/upstream/.
+that tell it from the others (or `recognises`), and `driven`, what goes around its methods (`family.DrivenMasking`
+where it updates its masks in `truncate_weights`, called from `step`). It is found by lying here. Its test: a script or
+host in its manner under tests/upstream/.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ def adapter_for(host_class: type) -> type[Adapter]:
     """The adapter for a class of hosts, told by its constructor; raises `UsageError` for an unknown one."""
     fitting = [adapter for adapter in adapters() if adapter.recognises(host_class)]
     if fitting:
-        return max(fitting, key=lambda adapter: len(adapter.parameters))
+        return max(fitting, key=lambda adapter: (len(adapter.parameters), len(adapter.__mro__)))
     parameters = ", ".join(constructor_parameters(host_class))
     raise UsageError(
         f"{host_class.__module__}.{host_class.__qualname__}({parameters}) is a host of an unknown version; known are "

@@ -28,7 +28,8 @@ class DrivenMasking(Driven):
             theirs(super()).add_module(*given.args, **given.kwargs)
 
     def step(self) -> None:
-        self.prune_every_k_steps = self.east.frequency(self.steps + 1)
+        if self.east.cycle is not None:
+            self.prune_every_k_steps = self.east.frequency(self.steps + 1)
         theirs(super()).step()
         self.east.stepped()
 
