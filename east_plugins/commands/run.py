@@ -36,10 +36,11 @@ def main(argv: Sequence[str]) -> int:
     script, arguments = (rest[1:2], rest[2:]) if by_name else (rest[:1], rest[1:])
     if not script or script[0].startswith("-"):
         raise UsageError("run needs a SCRIPT, or --module and a module's name, before the script's own arguments")
+    given_shims = given.pop("east_compat", None)
     with contextlib.ExitStack() as stack:
         folder = stack.enter_context(runner.entered(script[0], arguments, by_name))
         stack.enter_context(runner.lent_host())
-        stack.enter_context(shims.installed(given.pop("east_compat", None), folder))
+        stack.enter_context(shims.installed(given_shims, folder))
         takeover = launch.Takeover(given, ours=frozenset(sys.modules) - {"__main__"}) if given else None
         if takeover:
             stack.enter_context(replaced(launch, "activate", lambda args: None))  # of a patched script
@@ -47,20 +48,39 @@ def main(argv: Sequence[str]) -> int:
             takeover.install()
         try:
             runner.run(script[0], by_name)
-        except KeyboardInterrupt:
-            if takeover:
-                takeover.close()
-            raise
         except SystemExit as end:
             if end.code not in (None, 0):
+                _close_early(takeover)
                 raise
             if {"-h", "--help"} & set(arguments):
                 print("\n" + "".join(parser.format_help().partition("EAST (")[1:]))
                 raise
+        except BaseException as error:
+            _close_early(takeover)
+            if line := shims.advice(error, folder, given_shims):
+                _add_note(error, line)
+            raise
         if takeover:
             takeover.close()
             takeover.check_used(script[0])
     return 0
+
+
+def _close_early(takeover: launch.Takeover | None) -> None:
+    """The script's own exception goes before one of writing the state."""
+    if takeover:
+        try:
+            takeover.close(early=True)
+        except UsageError as error:
+            print(f"east_plugins: {error}", file=sys.stderr)
+
+
+def _add_note(error: BaseException, line: str) -> None:
+    """A line below the traceback; before it on Python 3.10."""
+    if hasattr(error, "add_note"):
+        error.add_note(line)
+    else:
+        print(line, file=sys.stderr)
 
 
 def split(argv: Sequence[str], parser: flags.Parser) -> tuple[Namespace, list[str]]:

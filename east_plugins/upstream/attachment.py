@@ -52,6 +52,7 @@ class Attachment:
         self.cycle: Cyclic | None = None
         self.borrowed = 0
         self.length: Length | None = None
+        self.input_shape: tuple[int, ...] | None = None
         self.started = self.finished = False
         self.generator = torch.Generator()
         self._initial: dict[str, int] = {}  # active weights a layer, and of all at the target: known at the start
@@ -115,6 +116,7 @@ class Attachment:
             self._on_masks = (length, input_shape)
             return
         options, self.length = self.options, length
+        self.input_shape = None if input_shape is None else tuple(input_shape)
         if length is not None:
             options = options.resolve(length.epochs, length.steps_per_epoch, length.first_drop)
         check_built_in(model, options)

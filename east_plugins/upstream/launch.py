@@ -14,10 +14,13 @@ import atexit
 import contextlib
 import functools
 import inspect
+import io
 import logging
 import math
 import os
+import signal
 import sys
+import threading
 import weakref
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -34,6 +37,7 @@ from ..options import east, flags
 from ..options.flags import option
 from ..plugins import activation as activations
 from . import hosts
+from . import state as states
 from .adapter import Driven
 from .attachment import Attachment, construct
 from .length import observe
@@ -61,8 +65,9 @@ class RunOptions:
         None, "steps of an epoch (default: those of the script's longest shuffled DataLoader)", type=int
     )
     state: str | None = option(
-        None, "file to save the last masks, fired weights and step to; torch.load reads it", metavar="FILE"
-    )
+        None, "file to save the last masks, fired weights, step and values to, however the script ends; "
+        "east_plugins.upstream.state reads it", metavar="FILE",
+    )  # fmt: skip
 
     def __post_init__(self):
         if self.epochs is not None and not 0 < self.epochs < math.inf:
@@ -93,7 +98,7 @@ def activate(args: argparse.Namespace) -> None:
         sys.exit(2)
     takeover.namespace = args
     takeover.install()
-    atexit.register(takeover.close)
+    atexit.register(takeover.close_at_exit)
 
 
 class Takeover:
@@ -129,6 +134,8 @@ class Takeover:
         self._undo.callback(log.removeHandler, handler)
         log.addHandler(handler)
         log.setLevel(logging.INFO)
+        if self._state and threading.current_thread() is threading.main_thread():
+            self._end_on_signals()
         parse_args, make = argparse.ArgumentParser.parse_args, Optimizer.__init__
 
         @functools.wraps(parse_args)
@@ -151,14 +158,44 @@ class Takeover:
         self._waiting.close()
         self._undo.close()
 
-    def close(self) -> None:
-        """At the end of the run: write the state where it is asked for, and say what did not come to its end."""
+    def close(self, early: bool = False) -> None:
+        """At the end of the run: write the state where it is asked for, and say what did not come to its end.
+
+        `early` is an end by a signal or an exception. Raises `UsageError` where the state cannot be written; the
+        file is then what it was before.
+        """
         for attachment in self.attachments:
             if attachment.started and not attachment.finished:
-                logger.warning("%s; check --east-epochs", attachment.shortfall())
+                logger.warning("%s%s", attachment.shortfall(), "" if early else "; check --east-epochs")
         hosted = [attachment for attachment in self.attachments if attachment.started and attachment.adapter]
         if self._state and hosted:
-            torch.save(hosted[-1].state_dict(), self._state)
+            content = io.BytesIO()
+            torch.save(states.gather(hosted[-1]), content)
+            _write_whole(self._state, content.getvalue())
+
+    def close_at_exit(self) -> None:
+        """`close` where nobody is left to catch an exception."""
+        try:
+            self.close()
+        except UsageError as error:
+            print(f"east_plugins: {error}", file=sys.stderr)
+
+    def _end_on_signals(self) -> None:
+        """SIGTERM and SIGHUP end the script as `sys.exit` does, so that its state is written; only where they would
+        kill the process, and not in its children."""
+        process = os.getpid()
+
+        def end(number: int, frame: Any) -> None:
+            if os.getpid() == process:
+                sys.exit(128 + number)
+            signal.signal(number, signal.SIG_DFL)
+            os.kill(os.getpid(), number)
+
+        for name in ("SIGTERM", "SIGHUP"):
+            number = getattr(signal, name, None)  # Windows has no SIGHUP
+            if number is not None and signal.getsignal(number) is signal.SIG_DFL:
+                signal.signal(number, end)
+                self._undo.callback(signal.signal, number, signal.SIG_DFL)
 
     def check_used(self, script: str) -> None:
         """Raise `UsageError` where the script is over and nothing was attached."""
@@ -267,3 +304,18 @@ def _writable(state: str) -> Path:
     if path.is_dir() or not path.parent.is_dir() or not os.access(path if path.exists() else path.parent, os.W_OK):
         raise UsageError(f"--east-state {state!r} cannot be written; allowed is a file in a folder that exists")
     return path
+
+
+def _write_whole(path: Path, content: bytes) -> None:
+    """Write a file that is there whole or, after an error, as it was before."""
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.part")
+    try:
+        with open(temporary, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError as error:
+        raise UsageError(f"--east-state {path} cannot be written: {error.strerror}") from error
+    finally:
+        temporary.unlink(missing_ok=True)
