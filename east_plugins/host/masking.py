@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -18,8 +18,8 @@ from ..ops.maskable import layers, maskable, modules_of, theoretical_size, unwra
 from ..ops.select import fetch
 from ..plugins.allocation.connected import reconnect
 from ..plugins.density import Constant, check_density
-from ..plugins.protocols import Layer
-from . import topology
+from ..plugins.protocols import HostPlugin, Layer
+from . import presets, topology
 from .binding import bound
 from .budgets import Allocation
 from .gradients import MaskedGradients, accumulate, all_finite
@@ -64,6 +64,7 @@ class Masking(Surface):
         keep_connected: keep grown and kept weights on input-to-output paths (needs `input_shape`).
         seed: seed of all random choices; by default torch's initial seed, without drawing from it.
         plugins: callables run with the host at the end of every step, for example phased activations.
+        options: options of plugins that are given by name: kind (`growth`, `pruning`, ...) to option to value.
     """
 
     def __init__(
@@ -83,14 +84,15 @@ class Masking(Surface):
         prune_scope: str = "local",
         keep_connected: bool = False,
         seed: int | None = None,
-        plugins: Sequence[Callable[[Masking], None]] = (),
+        plugins: Sequence[HostPlugin] = (),
+        options: Mapping[str, Mapping[str, Any]] | None = None,
     ):
         if growth_death_ratio != 1.0:
             raise UsageError(f"growth_death_ratio must be 1 (counts are exact), got {growth_death_ratio}")
         if prune_scope not in ("local", "global"):
-            raise UsageError(f"--prune-scope must be local or global, got {prune_scope!r}")
+            raise UsageError(f"`prune_scope` must be local or global, got {prune_scope!r}")
         if not 0 <= death_rate <= 1:
-            raise UsageError(f"--death-rate must be in [0, 1], got {death_rate}")
+            raise UsageError(f"`death_rate` must be in [0, 1], got {death_rate}")
         state_names(optimizer)  # raises for an optimizer whose state is unknown
         self.optimizer = optimizer
         self.death_rate = death_rate
@@ -106,12 +108,17 @@ class Masking(Surface):
         if getattr(args, "fix", False):
             self.prune_every_k_steps = None
 
-        self.growth_mode, grow, self.needs = bound("growth", growth_mode, self)
-        self.death_mode, prune, needs = bound("pruning", death_mode, self)
+        self._options = {kind: dict(values) for kind, values in (options or {}).items()}
+        if death_mode == "threshold":
+            self._options.setdefault("pruning", {}).setdefault("threshold", threshold)
+        self.growth_mode, grow, self.needs = bound("growth", growth_mode, self, self._options.get("growth"))
+        self.death_mode, prune, needs = bound("pruning", death_mode, self, self._options.get("pruning"))
         self.needs |= needs
         self.redistribution_mode, redistribute = "none", None
         if redistribution_mode != "none":
-            self.redistribution_mode, redistribute, needs = bound("redistribution", redistribution_mode, self)
+            self.redistribution_mode, redistribute, needs = bound(
+                "redistribution", redistribution_mode, self, self._options.get("redistribution")
+            )
             self.needs |= needs
         self._rules = topology.Rules(grow, prune, redistribute, prune_scope)
 
@@ -129,6 +136,20 @@ class Masking(Surface):
         self.packed = PackedState(optimizer)
         self._masked_gradients = MaskedGradients()
         self.engine: Any = None  #: the sparse engine, where one is attached
+
+    @classmethod
+    def of(
+        cls,
+        method: str,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        *,
+        density: float,
+        steps: int,
+        **settings: Any,
+    ) -> Masking:
+        """The host of a method of `train`, its tricks applied to the model: see `host.presets.of`."""
+        return presets.of(cls, method, model, optimizer, density=density, steps=steps, **settings)
 
     # ------------------------------------------------------------------ building
 
@@ -156,7 +177,7 @@ class Masking(Surface):
         if self.modules:
             raise UsageError("add_module takes one module; wrap several in an nn.ModuleDict")
         if weight_init not in ("default", "sparse-fan-in"):
-            raise UsageError(f"--weight-init must be default or sparse-fan-in, got {weight_init!r}")
+            raise UsageError(f"`weight_init` must be default or sparse-fan-in, got {weight_init!r}")
         model = unwrap(module)
         weights = maskable(model)
         if not weights:
@@ -165,13 +186,13 @@ class Masking(Surface):
             raise UsageError("keep_connected needs add_module(..., input_shape=(channels, height, width))")
         schedule = self.schedule or Constant(density, self.prune_every_k_steps)
         if not math.isclose(schedule.target, density):
-            raise UsageError(f"--density {density:g} differs from the schedule's target {schedule.target:g}")
+            raise UsageError(f"`density` {density:g} differs from the schedule's target {schedule.target:g}")
         if not {id(p) for group in self.optimizer.param_groups for p in group["params"]} & {*map(id, weights.values())}:
             raise UsageError("the optimizer has none of the model's conv and linear weights: is it another model's?")
         shape = None if input_shape is None else tuple(input_shape)
         size = theoretical_size(model)
         final, room = round(density * size), sum(weight.numel() for weight in weights.values())
-        allocation = Allocation(sparse_init)
+        allocation = Allocation(sparse_init, self._options.get("allocation"))
         drawn = allocation.draw(model, weights, _wanted(schedule, 0, final, room), shape, self.generator)
         self.density, self.sparse_init, self.schedule, self.input_shape = density, sparse_init, schedule, shape
         self.weights, self.modules, self.theoretical_size, self._final = weights, [module], size, final

@@ -1,0 +1,1 @@
+from ..upstream.patching import main as main

@@ -1,0 +1,1 @@
+from ..upstream.launch import main as main
