@@ -141,7 +141,7 @@ class ActivationFactory(Protocol):
 class Transform(Protocol):
     """A change of a model before its optimizer is made: in place, or the model to take in its place."""
 
-    def __call__(self, model: nn.Module, /) -> Any: ...
+    def __call__(self, model: nn.Module, /, *args: Any, **options: Any) -> Any: ...
 
 
 class HostPlugin(Protocol):
