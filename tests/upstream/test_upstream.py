@@ -31,7 +31,7 @@ SITE = """
 import os, random
 if folder := os.environ.get("EAST_TEST_COMPAT"):
     from pathlib import Path
-    from east_plugins import shims
+    from east_plugins.upstream import shims
     held = shims.installed(",".join(shims.SHIMS), Path(folder))
     held.__enter__()
 random.seed(0)
