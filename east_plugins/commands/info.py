@@ -14,10 +14,9 @@ from ..errors import UsageError
 from ..host.masking import Masking
 from ..measure.costs import costs
 from ..ops.paths import effective_density
-from ..options import config, flags
+from ..options import sources
 from ..options.config import Config
 from ..plugins import activation as activations
-from ..plugins import registry
 from ..plugins.activation.phased import attach
 from ..plugins.density import Constant
 from ..training import images, models, runs
@@ -25,18 +24,18 @@ from . import bench
 
 
 def main(argv: Sequence[str]) -> int:
-    parser = flags.Parser(prog="east_plugins info", description="What a network costs; no training.")
+    parser = sources.parser("info", "What a network costs; no training.")
     parser.add_argument("--classes", type=int, default=10, metavar="N", help="outputs of the network (default: 10)")
     parser.add_argument("--channels", type=int, metavar="N", help="channels of an image (default: of --data, or 3)")
     parser.add_argument("--latency", action="store_true", help="with --dctps: time inference beside plain layers")
     parser.add_argument("--json", action="store_true", help="one JSON object in place of the table")
-    config.add_flags(parser)
+    sources.add_flags(parser)
     given = vars(parser.parse_args(argv))
     classes, channels, timed, as_json = (given.pop(name) for name in ("classes", "channels", "latency", "json"))
     if given.get("model") == "help":
         print("\n".join([*models.names(), "torchvision:<name>"]))
         return 0
-    options = config.from_flags(given, method="rigl", data="cifar10")
+    options = sources.from_flags(given, method="rigl", data="cifar10")
     own_channels, size = images.known_shape(options.data) or (3, 32)
     channels = own_channels if channels is None else channels
     options = dataclasses.replace(options, image_size=options.image_size or size)
@@ -80,11 +79,12 @@ def latency(options: Config, classes: int, channels: int, repeats: int = 15) -> 
         raise UsageError("--latency needs --dctps, whose layers it times beside plain ones")
     if options.threads:
         torch.set_num_threads(options.threads)
+    resolved = options.resolve(steps_per_epoch=352)
     shape = (channels, options.image_size, options.image_size)
     x = torch.zeros(1, *shape)
     networks = {
-        "plain": runs.build_model(dataclasses.replace(options, dctps=False), classes, shape).eval(),
-        "dctps": runs.build_model(options, classes, shape).eval(),
+        "plain": runs.build_model(dataclasses.replace(resolved, dctps=False), classes, shape).eval(),
+        "dctps": runs.build_model(resolved, classes, shape).eval(),
     }
     with torch.no_grad():
         candidates = {name: partial(network, x) for name, network in networks.items()}
@@ -118,13 +118,3 @@ def as_text(report: dict[str, Any]) -> str:
 
 def _size(shape: Sequence[int]) -> int:
     return torch.Size(shape).numel()
-
-
-def plugins(argv: Sequence[str]) -> int:
-    """The command `plugins`: everything registered, with a line of help and where it comes from."""
-    flags.Parser(prog="east_plugins plugins", description="What is registered, by kind.").parse_args(argv)
-    for kind in registry.ALL:
-        print(f"{kind.kind}:")
-        for entry in kind.entries():
-            print(f"  {entry.name:<18} {entry.help}  [{entry.source}]")
-    return 0

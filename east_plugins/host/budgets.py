@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -16,9 +17,9 @@ from ..plugins.allocation.layerwise import budgets, random_mask
 class Allocation:
     """A registered allocation, for one model."""
 
-    def __init__(self, name: str):
-        self.name = name
-        self.meta = registry.allocation.entry(name).meta
+    def __init__(self, name: str, options: Mapping[str, Any] | None = None):
+        entry = registry.allocation.entry(name)
+        self.name, self.meta, self.rule = name, entry.meta, entry.bound(options)
         self.drawn: dict[str, int] | None = None  #: active weights that scores gave the layers at first, if they did
         self._budgets: tuple[tuple, dict[str, int]] | None = None
 
@@ -36,8 +37,8 @@ class Allocation:
         if not self.meta.get("draws"):
             return {name: random_mask(weight.shape, counts[name], generator) for name, weight in weights.items()}
         if input_shape is None:
-            raise UsageError(f"--sparse-init {self.name} needs add_module(..., input_shape=(channels, height, width))")
-        masks = registry.allocation.get(self.name)(model, counts, input_shape, generator)
+            raise UsageError(f"`sparse_init` {self.name} needs add_module(..., input_shape=(channels, height, width))")
+        masks = self.rule(model, counts, input_shape, generator)
         if self.meta.get("keeps_counts"):  # the scores, not the allocation, gave the layers their shares
             self.take({name: int(mask.sum()) for name, mask in masks.items()})
         return masks
@@ -56,5 +57,5 @@ class Allocation:
         if self.drawn is not None:
             sizes = [weight.numel() for weight in weights.values()]
             return dict(zip(weights, apportion([self.drawn[name] for name in weights], total, 1, sizes), strict=True))
-        base = self.meta.get("budgets", "ERK") if self.meta.get("draws") else self.name
-        return budgets(base, {name: weight.shape for name, weight in weights.items()}, total)
+        share = registry.allocation.bound(self.meta.get("budgets", "ERK")) if self.meta.get("draws") else self.rule
+        return budgets(share, {name: weight.shape for name, weight in weights.items()}, total)

@@ -34,14 +34,15 @@ class Copies:
         return torch.cat([active.values(tensor) for active, tensor in zip(self.sets, tensors, strict=True)])
 
     def write(self, tensors: Sequence[Tensor], values: Tensor) -> None:
-        whole = []
+        whole, parts = [], []
         for active, tensor, part in zip(self.sets, tensors, values.split(self.sizes), strict=True):
             if isinstance(active, All):
-                whole.append((tensor, part.view(active.shape)))
+                whole.append(tensor)
+                parts.append(part.view(active.shape))
             else:
                 active.put(tensor, part)
         if whole:
-            torch._foreach_copy_(*map(list, zip(*whole, strict=True)))
+            torch._foreach_copy_(whole, parts)
 
 
 class PackedState:
@@ -68,7 +69,7 @@ class PackedState:
         """Inside, parameters with an active set are parts of a vector; those with None are dense. All of them have
         gradients."""
         groups = self.optimizer.param_groups
-        given = [(id(p), p.grad is None, p.dtype) for group in groups for p in group["params"]]
+        given: list[Any] = [(id(p), p.grad is None, p.dtype) for group in groups for p in group["params"]]
         given += [self.copies, *map(id, sets), *map(id, sets.values())]
         if given != self._planned_for:
             present = {parameter for group in groups for parameter in group["params"]}
@@ -89,7 +90,7 @@ class PackedState:
         vectors: dict[tuple, dict[nn.Parameter, tuple[Active | All, State]]] = {}
         small = any(active is not None for active in sets.values())
         for parameter in parameters:
-            active = sets.get(parameter)
+            active: Active | All | None = sets.get(parameter)
             if parameter not in sets and small and _is_small(parameter):
                 active = All(parameter.shape)
             if active is None:
@@ -175,7 +176,7 @@ class _Vector:
     def whole(self) -> nn.Parameter:
         """The values as they are now, with their gradient."""
         whole = nn.Parameter(self.copies.read(self.parameters))
-        whole.grad = self.copies.read([parameter.grad for parameter in self.parameters])
+        whole.grad = self.copies.read([parameter.grad for parameter in self.parameters if parameter.grad is not None])
         return whole
 
     @torch.no_grad()

@@ -86,7 +86,8 @@ class Engine:
         if self.reason is None:
             self._attach()
         elif engine != "dense":
-            logger.log(logging.WARNING if engine == "sparse" else logging.INFO, "the engine is dense: %s", self.reason)
+            unwanted = engine == "sparse" or "momentum" in host.needs  # the latter is ITOP's default, not a choice
+            logger.log(logging.WARNING if unwanted else logging.INFO, "the engine is dense: %s", self.reason)
 
     def remove(self) -> None:
         """Leave the model as it was before."""
@@ -347,7 +348,11 @@ class _Hook:
 def _cannot(host: Masking, model: nn.Module) -> str | None:
     """Why an engine cannot compute this model for this host."""
     if "momentum" in host.needs:
-        return "a rule needs the dense gradient at every step"
+        return (
+            "a rule needs the dense gradient at every step "
+            f"(growth_mode={host.growth_mode!r}, redistribution_mode={host.redistribution_mode!r}); "
+            "choose growth_mode 'gradient', 'random' or 'random_unfired' and redistribution_mode 'none'"
+        )
     if distributed.active():
         return "DistributedDataParallel reduces dense gradients"
     for name, module in layers(model):

@@ -17,8 +17,8 @@ from torch import Tensor, nn
 
 from .. import __version__
 from ..errors import UsageError
-from ..options import config
-from ..options.config import Config
+from ..options import sources
+from ..options.config import Config, Resolved
 from ..plugins import registry
 from . import images, models
 
@@ -78,7 +78,7 @@ def load_checkpoint(path: Path, device: torch.device | str = "cpu") -> dict[str,
         raise UsageError(f"{path} cannot be read as a checkpoint: {' '.join(str(error).split())[:120]}") from error
 
 
-def write_config(folder: Path, options: Config) -> None:
+def write_config(folder: Path, options: Resolved) -> None:
     """`config.yaml`: resolved options, readable by `--config`, and the versions that ran them."""
     import yaml
 
@@ -95,7 +95,7 @@ def read_config(folder: Path) -> Config:
     """The options in a run's `config.yaml`; raises `UsageError` where there are none."""
     if not (folder / CONFIG).is_file():
         raise UsageError(f"{folder} is no run directory: it has no {CONFIG}")
-    return config.from_flags({"config": folder / CONFIG})
+    return sources.from_flags({"config": folder / CONFIG})
 
 
 def read_summary(folder: Path) -> dict[str, Any] | None:
@@ -112,7 +112,7 @@ def read_metrics(folder: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
 
 
-def build_model(options: Config, num_classes: int, input_shape: tuple[int, int, int]) -> nn.Module:
+def build_model(options: Resolved, num_classes: int, input_shape: tuple[int, int, int]) -> nn.Module:
     """The network that the options describe, transforms applied, initial values drawn from `seed`.
 
     Raises `UsageError` for a combination that cannot be.
@@ -123,7 +123,7 @@ def build_model(options: Config, num_classes: int, input_shape: tuple[int, int, 
     channels, _, size = input_shape
     model = models.build(options.model, num_classes, channels, size, options.width)
     if options.transform:
-        returned = registry.transform.get(options.transform)(model)
+        returned = registry.transform.bound(options.transform, options.options_of("transform"))(model)
         model = returned if isinstance(returned, nn.Module) else model  # some change the model and return a report
     if options.dctps:
         registry.transform.get("dctps")(model, engine=options.dctps_engine)
@@ -132,19 +132,19 @@ def build_model(options: Config, num_classes: int, input_shape: tuple[int, int, 
     return model
 
 
-def _check_dctps(options: Config) -> None:
+def _check_dctps(options: Resolved) -> None:
     if options.east.share:
         raise UsageError(
             "--dctps --east-share: weight sharing is left out with DCTpS, to prevent conflicts with the DCT matrices "
             "(EAST paper, Section 4)"
         )
-    allocation = registry.allocation.entry(options.sparse_init or "ERK")
+    allocation = registry.allocation.entry(options.sparse_init)
     if allocation.meta.get("needs_weights"):
         raise UsageError(
             f"--dctps --sparse-init {allocation.name}: the sparse weights of DCTpS layers start at zero, so that "
             "their saliency says nothing; allowed are ERK, ER, uniform, EPL, EPF, connected"
         )
-    if options.weight_init not in (None, "default"):
+    if options.weight_init != "default":
         raise UsageError(f"--dctps --weight-init {options.weight_init}: sparse weights of DCTpS layers start at zero")
 
 
@@ -169,7 +169,7 @@ class Run:
     """A finished run: the network that was tested, its masks, and what is known of it."""
 
     folder: Path
-    config: Config
+    config: Resolved
     summary: dict[str, Any]
     model: nn.Module
     masks: dict[str, Tensor]
@@ -186,12 +186,13 @@ def load_run(folder: str | Path) -> Run:
     Raises `UsageError` where the folder is no run's, the run is unfinished, or a file is damaged.
     """
     folder = Path(folder)
-    options = read_config(folder)
+    asked = read_config(folder)
     summary = read_summary(folder)
     if summary is None:
         raise UsageError(f"{folder} holds an unfinished run: it has no readable {SUMMARY}; go on with train --resume")
     checkpoint = load_checkpoint(folder / CHECKPOINT)
     try:
+        options = asked.resolve(summary["steps"] // summary["epochs"])
         best = checkpoint["best"]
         model = build_model(options, summary["classes"], tuple(summary["input_shape"]))
         model.load_state_dict(best["model"])
@@ -213,7 +214,7 @@ def digest(tensors: Mapping[str, Tensor]) -> str:
     return sha.hexdigest()
 
 
-def same_run(a: Config, b: Config) -> bool:
+def same_run(a: Resolved, b: Resolved) -> bool:
     """Whether two resolved configurations describe the same run; device and threads may differ."""
     neutral = dict(device=None, threads=None)
     return dataclasses.replace(a, **neutral) == dataclasses.replace(b, **neutral)

@@ -17,15 +17,12 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from ..errors import EastError, UsageError
+from ..errors import Interrupted, UsageError
+from ..host import presets
 from ..host.masking import Masking
 from ..ops import memory
 from ..ops.paths import effective_density
-from ..options.config import Config
-from ..plugins import activation as activations
-from ..plugins import registry
-from ..plugins.activation.phased import attach
-from ..plugins.density import Gradual, OneShot
+from ..options.config import Config, Resolved
 from ..sparse import Engine
 from . import runs
 from .images import Data
@@ -36,16 +33,15 @@ logger = logging.getLogger(__name__)
 SAVE_EVERY = 30.0  #: seconds, at the least, between checkpoints at ends of epochs: a short epoch is not spent on them
 
 
-class Interrupted(EastError):
-    """Ctrl-C was pressed; the run's state is saved."""
-
-
-def train(options: Config, out: Path, resume: bool = False, quiet: bool = False) -> dict[str, Any]:
+def train(options: Config, out: str | Path, resume: bool = False, quiet: bool = False) -> dict[str, Any]:
     """Train one network and return its summary; everything is written to the directory `out`.
+
+        train(Config(method="rigl+connected", model="resnet20", density=0.01, epochs=12), "runs/a")
 
     With `resume` an unfinished run in `out` goes on where it stopped, and a finished one is only read. Raises
     `UsageError` for what cannot be (before anything is written) and `Interrupted` after saving on Ctrl-C.
     """
+    out = Path(out)
     runs.check_folder(out)
     if (out / runs.CONFIG).exists() and not resume:
         raise UsageError(f"--out {out} holds a run already; add --resume to go on with it, or choose another folder")
@@ -70,9 +66,9 @@ def finished(options: Config, out: Path) -> dict[str, Any] | None:
     return summary
 
 
-def check_same(out: Path, options: Config) -> None:
+def check_same(out: Path, options: Resolved) -> None:
     """Raises `UsageError` where the run in `out` is not that of the resolved `options`."""
-    if not runs.same_run(runs.read_config(out), options):
+    if not runs.same_run(runs.read_config(out).resolve(options.steps_per_epoch), options):
         raise UsageError(f"--out {out}: {runs.CONFIG} there describes another run than the flags given")
 
 
@@ -88,17 +84,20 @@ class Trainer:
             memory.keep_freed()
         self.data = (data or runs.load_data(options)).to(self.device)
         self.steps_per_epoch = self.data.train.steps(options.batch_size)
-        self.options = options = options.resolve(self.steps_per_epoch)
+        self.options: Resolved = options.resolve(self.steps_per_epoch)
+        options = self.options
         self.total_steps = options.epochs * self.steps_per_epoch
         self.model = runs.build_model(options, self.data.num_classes, self.data.input_shape).to(self.device)
         if options.channels_last:
             self.model.to(memory_format=torch.channels_last)
-        self.phased = self._phased()
+        shape = self.data.input_shape
+        self.phased = presets.activations(options, self.model, shape) if options.east.dyrelu else None
         self.optimizer = _optimizer(options, self.model)
         milestones = [round(min(epoch, options.epochs) * self.steps_per_epoch) for epoch in options.lr_drops]
         self.scheduler = torch.optim.lr_scheduler.MultiStepLR(self.optimizer, milestones, gamma=0.1)
-        self.host = self._host()
-        self.engine = Engine(self.host, self.data.input_shape, "dense" if options.compile else options.engine)
+        plugins = [] if self.phased is None else [self.phased]
+        self.host = presets.hosted(Masking, options, self.model, self.optimizer, shape, plugins)
+        self.engine = Engine(self.host, shape, "dense" if options.compile else options.engine)
         self.forward = torch.compile(self.model) if options.compile else self.model
         self.generator = torch.Generator().manual_seed(options.seed)
         self.epoch, self.step_in_epoch = 0, 0
@@ -108,56 +107,6 @@ class Trainer:
         self.seconds = 0.0
         self.saved = time.monotonic()
         self.diverged = False  # whether an epoch's loss was not finite
-
-    def _phased(self):
-        east = self.options.east
-        if not east.dyrelu:
-            return None
-        if east.dyrelu_end > self.options.epochs:
-            raise UsageError(
-                f"--east-dyrelu-end {east.dyrelu_end:g} lies after the last of {self.options.epochs} epochs"
-            )
-        return attach(
-            self.model,
-            activations.factory(east.dyrelu_type, reduction=east.dyrelu_reduction),
-            self.data.input_shape,
-            phase_out=east.phase_out(self.steps_per_epoch),
-            generator=torch.Generator().manual_seed(self.options.seed),
-        )
-
-    def _host(self) -> Masking:
-        options = self.options
-        host = Masking(
-            self.optimizer,
-            death_rate=options.death_rate,
-            death_rate_decay=registry.rate.get(options.decay_schedule)(options.death_rate, self.total_steps),
-            death_mode=options.death,
-            growth_mode=options.growth,
-            redistribution_mode=options.redistribution,
-            schedule=self._density_schedule(),
-            prune_scope=options.prune_scope,
-            keep_connected=options.keep_connected,
-            seed=options.seed,
-            plugins=[self.phased] if self.phased else [],
-        )
-        host.add_module(
-            self.model,
-            density=options.density,
-            sparse_init=options.sparse_init,
-            input_shape=self.data.input_shape,
-            weight_init=options.weight_init,
-        )
-        return host
-
-    def _density_schedule(self):
-        options, end = self.options, self.total_steps
-        frequency = None if options.static else options.update_frequency
-        initial = {} if options.initial_density is None else {"initial": options.initial_density}
-        if options.density_schedule in (None, "constant"):
-            return options.east.density_schedule(options.density, self.steps_per_epoch, frequency, end)
-        if options.density_schedule == "one-shot":
-            return OneShot(options.density, stop=max(1, end // 2), **initial)
-        return Gradual(options.density, stop=max(1, end // 2), frequency=frequency, end=end, **initial)
 
     # ------------------------------------------------------------------ training
 
@@ -250,7 +199,7 @@ class Trainer:
         self.host.load_state_dict({**self.host.state_dict(), "masks": masks})
         nonzeros = sum(int(mask.sum()) for mask in masks.values())
         summary = {
-            "method": self.options.method,
+            "method": self.options.label,
             "model": self.options.model,
             "data": self.options.data,
             "input_shape": list(self.data.input_shape),
