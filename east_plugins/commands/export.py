@@ -15,6 +15,7 @@ from ..export.program import image_program
 from ..export.safetensors import to_safetensors
 from ..export.verify import Run, run_c, run_onnx, verify
 from ..options import flags
+from .parsing import parser
 
 
 def main(argv: Sequence[str]) -> int:
@@ -46,14 +47,19 @@ def main(argv: Sequence[str]) -> int:
 
 
 def _parser() -> flags.Parser:
-    parser = flags.Parser(prog="east_plugins export", description="A run's sparse network as a deployable file.")
-    parser.add_argument("run", type=Path, metavar="RUN", help="folder of a finished run")
-    parser.add_argument("--format", required=True, choices=tuple(_FORMATS), help="kind of file")
-    parser.add_argument("--out", type=Path, required=True, metavar="FILE", help="file that is written")
-    parser.add_argument("--name", metavar="NAME", help="c: the function is called NAME_run (default: name of --out)")
-    parser.add_argument("--data-dir", metavar="DIR", help="folder of the test images (default: the run's)")
-    parser.add_argument("--check", type=int, default=64, metavar="N", help="images to check with (default: 64)")
-    return parser
+    parse = parser(
+        "export",
+        "A run's sparse network as a deployable file, checked against PyTorch.",
+        "export runs/digits --format c --out digits.c",
+        "export runs/digits --format onnx --out digits.onnx",
+    )
+    parse.add_argument("run", type=Path, metavar="RUN", help="folder of a finished run")
+    parse.add_argument("--format", required=True, choices=tuple(_FORMATS), help="kind of file")
+    parse.add_argument("--out", type=Path, required=True, metavar="FILE", help="file that is written")
+    parse.add_argument("--name", metavar="NAME", help="c: the function is called NAME_run (default: name of --out)")
+    parse.add_argument("--data-dir", metavar="DIR", help="folder of the test images (default: the run's)")
+    parse.add_argument("--check", type=int, default=64, metavar="N", help="images to check with (default: 64)")
+    return parse
 
 
 def _c(run, name: str, test) -> tuple[bytes, Run, str]:

@@ -1,6 +1,5 @@
 """The sparse network as a deployable file: exact, small and fast."""
 
-from ..commands.export import main
 from .c import CFile
 from .formats import load_sparse, to_c, to_onnx
 from .safetensors import to_safetensors
@@ -10,7 +9,6 @@ __all__ = [
     "CFile",
     "DisagreementError",
     "load_sparse",
-    "main",
     "run_c",
     "run_onnx",
     "to_c",

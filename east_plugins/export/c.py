@@ -224,7 +224,7 @@ def _steps(plane: Plane, layouts: dict[Pair, Layout], address: dict[Plane, int])
         short = len(taps) % TAPS_AT_ONCE  # goes first, so that few kernels are needed that add
         starts = [0] * bool(short or not taps) + list(range(short, len(taps), TAPS_AT_ONCE))
         passes += [(row, stride, taps[i:j]) for i, j in itertools.pairwise([*starts, len(taps)])]
-    steps = []
+    steps: list[Step] = []
     for row, stride, taps in passes:
         kernel = Kernel("add" if steps else "sum", out.shape, out.row, len(taps), (1, 1), row, stride)
         bias = [] if steps else [plane.bias]

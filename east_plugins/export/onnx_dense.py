@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from .graph import Graph, Node
 from .onnx_model import Model
 
@@ -18,13 +20,14 @@ def dense_onnx(graph: Graph) -> bytes:
 
 def _add(model: Model, node: Node, inputs: list[str]) -> str:
     pads = [*node.padding, *node.padding]
-    window = dict(kernel_shape=node.kernel, strides=node.stride)
+    window: dict[str, Any] = dict(kernel_shape=node.kernel, strides=node.stride)
     match node.op:
         case "input":
             return model.op("Reshape", "input", model.constant([-1, *node.shape]))
         case "conv":
             return model.conv(inputs[0], node.weight, node.stride, pads, node.groups, node.bias, node.dilation)
         case "affine":
+            assert node.bias is not None
             unit = [model.constant(values) for values in (node.weight, node.bias, 0 * node.bias, 0 * node.bias + 1)]
             return model.op("BatchNormalization", inputs[0], *unit, epsilon=0.0)
         case "relu":
