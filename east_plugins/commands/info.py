@@ -21,7 +21,7 @@ def main(argv: Sequence[str]) -> int:
         "info --model resnet34 --classes 100 --density 0.0005 --east-share",
         "info --model resnet50 --dctps --density 0.0001 --latency",
     )
-    parse.add_argument("--classes", type=int, default=10, metavar="N", help="outputs of the network (default: 10)")
+    parse.add_argument("--classes", type=int, metavar="N", help="outputs of the network (default: of --data, or 10)")
     parse.add_argument("--channels", type=int, metavar="N", help="channels of an image (default: of --data, or 3)")
     parse.add_argument("--latency", action="store_true", help="with --dctps: time inference beside plain layers")
     parse.add_argument("--json", action="store_true", help="one JSON object in place of the table")
@@ -29,6 +29,7 @@ def main(argv: Sequence[str]) -> int:
     given = vars(parse.parse_args(argv))
     classes, channels, timed, as_json = (given.pop(name) for name in ("classes", "channels", "latency", "json"))
     from ..measure.description import describe, latency
+    from ..training import classes as known
     from ..training import images, models
 
     if given.get("model") == "help":
@@ -37,6 +38,7 @@ def main(argv: Sequence[str]) -> int:
     options = config.from_flags(given, method="rigl", data="cifar10")
     own_channels, size = images.known_shape(options.data) or (3, 32)
     channels = own_channels if channels is None else channels
+    classes = (known.count(options.data, options.data_dir) or 10) if classes is None else classes
     options = dataclasses.replace(options, image_size=options.image_size or size)
     report = describe(options, classes, channels)
     if timed:

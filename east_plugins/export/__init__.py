@@ -2,12 +2,14 @@
 
 from .c import CFile
 from .formats import load_sparse, to_c, to_onnx
+from .interface import Interface
 from .safetensors import to_safetensors
 from .verify import DisagreementError, run_c, run_onnx, verify
 
 __all__ = [
     "CFile",
     "DisagreementError",
+    "Interface",
     "load_sparse",
     "run_c",
     "run_onnx",

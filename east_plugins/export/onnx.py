@@ -12,7 +12,7 @@ import functools
 import itertools
 import time
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
@@ -24,7 +24,7 @@ BLOCK = 16  # channels that onnxruntime's convolutions take at a time
 TRIALS = 15
 
 
-def write_onnx(network: Compact) -> bytes:
+def write_onnx(network: Compact, metadata: Mapping[str, str] | None = None) -> bytes:
     """The ONNX file of a network made by `compact(graph, chain=False)`, for batches of any size."""
     writer = _Writer(network.graph)
     variable = [plane for plane in network.planes if plane.values is None]
@@ -35,7 +35,7 @@ def write_onnx(network: Compact) -> bytes:
         for (kind, *_), planes in alike.items():
             {"input": writer.input, "sum": writer.fastest, "max": writer.max, "mean": writer.mean}[kind](planes)
     writer.output(network.output)
-    return writer.content({"input": network.graph.input_shape}, {"output": network.graph.output_shape})
+    return writer.content({"input": network.graph.input_shape}, {"output": network.graph.output_shape}, metadata)
 
 
 class _Writer(Model):

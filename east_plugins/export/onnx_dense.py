@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from .graph import Graph, Node
 from .onnx_model import Model
 
 
-def dense_onnx(graph: Graph) -> bytes:
+def dense_onnx(graph: Graph, metadata: Mapping[str, str] | None = None) -> bytes:
     """The ONNX file of a network as it is, inactive weights included, for batches of any size."""
     model = Model()
     names: dict[Node, str] = {}
     for node in graph.nodes:
         names[node] = _add(model, node, [names[source] for source in node.inputs])
     model.op("Reshape", names[graph.output], model.constant([-1, *graph.output_shape]), name="output")
-    return model.content({"input": graph.input_shape}, {"output": graph.output_shape})
+    return model.content({"input": graph.input_shape}, {"output": graph.output_shape}, metadata)
 
 
 def _add(model: Model, node: Node, inputs: list[str]) -> str:
