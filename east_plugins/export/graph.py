@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -39,7 +39,7 @@ class Node:
     name: str
     inputs: tuple[Node, ...]
     shape: tuple[int, int, int]
-    weight: np.ndarray | None = None
+    weight: np.ndarray = field(default_factory=lambda: np.zeros(0))
     bias: np.ndarray | None = None
     kernel: Pair = (1, 1)
     stride: Pair = (1, 1)
@@ -284,7 +284,8 @@ class _Tracer(TorchDispatchMode):
 
 def _planes(shape: Sequence[int]) -> tuple[int, int, int]:
     channels, *space = shape[1:]
-    return (channels, *[1] * (2 - len(space)), *space)
+    height, width = [1] * (2 - len(space)) + space
+    return channels, height, width
 
 
 def _pair(value: int | Sequence[int], line: int) -> Pair:

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ..errors import UsageError
 from ..ops.maskable import layers, maskable, theoretical_size
@@ -67,9 +67,11 @@ def costs(model: nn.Module, input_shape: tuple[int, ...], nonzeros: Mapping[str,
     active = {name: weight.numel() for name, weight in weights.items()} | dict(nonzeros or {})
     names = {id(weight): name for name, weight in weights.items()}
     uses = _uses(model, input_shape)
-    dense = sparse = fixed = 0
+    dense = fixed = 0
+    sparse = 0.0
     for _, layer in layers(model):
         weight = layer.weight
+        assert isinstance(weight, Tensor)
         dense += uses[layer] * weight.numel()
         sparse += uses[layer] * active[names[id(weight)]]
         if hasattr(layer, "dct"):

@@ -22,11 +22,6 @@ def spoken(message: str) -> str:
     return flags.spoken(message, lambda name: name in _FIELDS | _EAST or plugged.slot_of(name) is not None)
 
 
-def parser(prog: str, description: str | None) -> flags.Parser:
-    """A parser for a command that takes the flags of a run."""
-    return flags.Parser(prog=f"east_plugins {prog}", description=description, late=_late)
-
-
 def add_flags(parser: argparse.ArgumentParser) -> None:
     """Add all flags of a run, `--config` and the `--east-*` flags among them."""
     parser.add_argument("--config", metavar="FILE", help="YAML file with flags as keys; flags given here go before it")
@@ -39,7 +34,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     east.add_flags(parser)
 
 
-def _late(parser: argparse.ArgumentParser, known: argparse.Namespace, unknown: Sequence[str]) -> None:
+def late(parser: argparse.ArgumentParser, known: argparse.Namespace, unknown: Sequence[str]) -> None:
     """Flags of plugins, where one may be meant: looking plugins up takes PyTorch, no other wrong flag waits for it."""
     settings = vars(known)
     if any(plugged.slot_of(_dest(flag)) for flag in unknown) or any(name in settings for name in plugged.BY_SETTING):

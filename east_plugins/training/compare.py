@@ -14,12 +14,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..errors import Interrupted, MissingExtraError, UsageError
+from ..errors import Interrupted, UsageError
+from ..ops import figures
+from ..ops import text as tables
 from ..options import sources
 from ..options.config import Config
-from . import runs
+from . import pictures, runs
 from .trainer import Trainer, check_same, train
 from .trainer import finished as ended
+
+CAPTION = (
+    "Test accuracy in %, mean +- standard deviation over seeds; in brackets the share of the active weights that lies "
+    "on a path from input to output."
+)
 
 
 @dataclass(frozen=True)
@@ -105,7 +112,7 @@ def compare(
     todo = jobs(methods, sparsities, seeds, out, settings)
     for folder in (out, *(job.out for job in todo)):
         runs.check_folder(folder)
-    _pyplot()  # a missing extra is said before hours of work
+    figures.figure(1, 1)  # a missing extra is said before hours of work
     check(todo)
     runs.make_folder(out)
     summaries: list[tuple[Job, dict[str, Any]]] = []
@@ -120,7 +127,9 @@ def compare(
     rows = collect(sorted(summaries, key=lambda pair: order[pair[0].out]))
     runs.write_atomically(out / "table.md", markdown(rows))
     runs.write_atomically(out / "table.csv", as_csv(rows))
-    plot(rows, out / "accuracy.png", chance=1 / summaries[0][1]["classes"])
+    options = todo[0].options
+    title = f"{options.model} on {options.data}, {options.epochs} epochs"
+    pictures.accuracy(rows, out / "accuracy.png", 1 / summaries[0][1]["classes"], title)
     return rows
 
 
@@ -168,19 +177,19 @@ def collect(summaries: Sequence[tuple[Job, dict[str, Any]]]) -> list[Row]:
 
 
 def markdown(rows: Sequence[Row]) -> str:
-    """Test accuracy, mean and standard deviation over seeds, methods down and sparsities across; in brackets the
-    share of the active weights that lies on a path from input to output."""
+    """A caption, and test accuracy, mean and standard deviation over seeds, methods down and sparsities across; in
+    brackets the share of the active weights that lies on a path from input to output."""
     sparsities = sorted({row.sparsity for row in rows if not _is_dense(row.method)}) or [0.0]
     cells = {(row.method, row.sparsity): row for row in rows}
     head = ["method", *(f"{sparsity * 100:.6g} %" for sparsity in sparsities)]
-    lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
+    lines = []
     for method in dict.fromkeys(row.method for row in rows):
         line = [method]
         for sparsity in sparsities:
             row = cells.get((method, 0.0 if _is_dense(method) else sparsity))
             line.append("" if row is None else _cell(row))
-        lines.append("| " + " | ".join(line) + " |")
-    return "\n".join(lines) + "\n"
+        lines.append(line)
+    return f"{CAPTION}\n\n{tables.markdown(head, lines)}"
 
 
 def _cell(row: Row) -> str:
@@ -198,41 +207,6 @@ def as_csv(rows: Sequence[Row]) -> str:
         values = [f"{row.mean:.6f}", spread, len(row.accuracies), f"{statistics.fmean(row.effective):.6f}"]
         writer.writerow([row.method, row.sparsity, *values, " ".join(f"{a:.6f}" for a in row.accuracies)])
     return text.getvalue()
-
-
-def plot(rows: Sequence[Row], path: Path, chance: float) -> None:
-    """Grouped bars of test accuracy with every seed as a dot, one group a sparsity, and the line of chance."""
-    plt = _pyplot()
-    methods = list(dict.fromkeys(row.method for row in rows))
-    sparsities = sorted({row.sparsity for row in rows})
-    figure, axes = plt.subplots(figsize=(2 + 0.42 * len(methods) * len(sparsities), 4.2), layout="constrained")
-    width = 0.85 / len(methods)
-    for i, method in enumerate(methods):
-        mine = [row for row in rows if row.method == method]
-        x = [sparsities.index(row.sparsity) + (i - (len(methods) - 1) / 2) * width for row in mine]
-        axes.bar(x, [100 * row.mean for row in mine], 0.92 * width, label=method, color=f"C{i}", alpha=0.8)
-        for place, row in zip(x, mine, strict=True):
-            dots = [100 * accuracy for accuracy in row.accuracies]
-            axes.plot([place] * len(dots), dots, "k.", markersize=4)
-    axes.axhline(100 * chance, color="grey", linestyle="--", linewidth=1, label="chance")
-    axes.set_xticks(range(len(sparsities)), [f"{s * 100:.6g} %" for s in sparsities])
-    axes.set(xlabel="sparsity", ylabel="test accuracy (%)", ylim=(0, 100))
-    axes.legend(loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False)
-    temporary = path.with_suffix(".part.png")
-    figure.savefig(temporary, dpi=150)
-    plt.close(figure)
-    os.replace(temporary, path)
-
-
-def _pyplot():
-    try:
-        import matplotlib
-
-        matplotlib.use("Agg")
-        from matplotlib import pyplot
-    except ImportError as error:
-        raise MissingExtraError("accuracy.png needs matplotlib: pip install 'east_plugins[train]'") from error
-    return pyplot
 
 
 def _is_dense(method: str) -> bool:

@@ -104,7 +104,7 @@ def _cifar(folder: str, key: str, train: Sequence[str], test: Sequence[str], roo
 
 def _batch(path: Path, key: str) -> tuple[np.ndarray, list[int]]:
     """uint8 images [N, 3072] and their labels."""
-    content = _unpickle(path)
+    content = unpickle(path)
     images, labels = (content.get(name) if isinstance(content, dict) else None for name in ("data", key))
     if (
         not isinstance(images, np.ndarray) or images.dtype != np.uint8 or images.shape[1:] != (3072,)
@@ -114,7 +114,7 @@ def _batch(path: Path, key: str) -> tuple[np.ndarray, list[int]]:
     return images, labels
 
 
-def _unpickle(path: Path) -> dict:
+def unpickle(path: Path) -> dict:
     try:
         with open(path, "rb") as file:
             return _ArrayUnpickler(file, encoding="latin1").load()

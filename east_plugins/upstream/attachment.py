@@ -19,7 +19,7 @@ from ..ops import distributed
 from ..ops.counts import apportion
 from ..ops.maskable import maskable, theoretical_size
 from ..ops.swap import Swapped, swap
-from ..options.east import EastOptions
+from ..options.east import EastOptions, ResolvedEast
 from ..plugins import activation as activations
 from ..plugins.activation.phased import PhasedActivations
 from ..plugins.activation.phased import attach as attach_activations
@@ -115,10 +115,10 @@ class Attachment:
         if model is None or optimizer is None:
             self._on_masks = (length, input_shape)
             return
-        options, self.length = self.options, length
+        self.length = length
         self.input_shape = None if input_shape is None else tuple(input_shape)
-        if length is not None:
-            options = options.resolve(length.epochs, length.steps_per_epoch, length.first_drop)
+        run = Length(1, 1) if length is None else length  # weight sharing alone asks for no length
+        options = self.options.resolve(run.epochs, run.steps_per_epoch, run.first_drop)
         check_built_in(model, options)
         if distributed.active() and (options.dyrelu or options.share):
             raise UsageError("--east-dyrelu and --east-share work in one process only with a script of its own")
@@ -144,12 +144,12 @@ class Attachment:
             self.finished = True
         logger.info("%s", self._summary())
 
-    def _cycle(self, options: EastOptions, length: Length) -> Cyclic:
+    def _cycle(self, options: ResolvedEast, length: Length) -> Cyclic:
         if self.adapter is None:
             raise UsageError("--east-cyclic needs a host of masks; this run is dense or static and builds none")
         self.adapter.check_cycles()
         frequency = options.cyclic_update_frequency
-        if frequency is not None and self.options.cyclic_update_frequency is None:
+        if self.options.cyclic_update_frequency is None:
             frequency = max(frequency, self.adapter.least_frequency)
         options = dataclasses.replace(options, cyclic_update_frequency=frequency)
         end = self.adapter.last_update(length.steps)
@@ -158,11 +158,11 @@ class Attachment:
         return schedule
 
     def _activations(
-        self, options: EastOptions, length: Length, input_shape: Sequence[int] | None, model: nn.Module
+        self, options: ResolvedEast, length: Length, input_shape: Sequence[int] | None, model: nn.Module
     ) -> PhasedActivations:
         if input_shape is None:
             raise UsageError("--east-dyrelu needs a model that is called with one tensor, a batch of inputs")
-        if options.dyrelu_end is not None and options.dyrelu_end > length.epochs:
+        if options.dyrelu_end > length.epochs:
             raise UsageError(
                 f"--east-dyrelu-end {options.dyrelu_end:g} lies after the last of {length.epochs:g} epochs"
             )
