@@ -84,7 +84,7 @@ class All:
     def __eq__(self, other: object) -> bool:
         return isinstance(other, All) and self.shape == other.shape
 
-    __hash__ = None
+    __hash__ = None  # type: ignore[assignment]  # Python's way to say so
 
     def __len__(self) -> int:
         return self.shape.numel()
@@ -112,8 +112,7 @@ class ActiveSets:
 
     def of(self, name: str, mask: Tensor, count: int | None = None) -> Active:
         """Positions of the active weights (`count`, where their number is known) of the mask called `name`."""
-        known, version, active = self._known.get(name, (None, None, None))
-        if known is not mask or version != mask._version:
-            active = Active(mask, count)
-            self._known[name] = (mask, mask._version, active)
-        return active
+        known = self._known.get(name)
+        if known is None or known[0] is not mask or known[1] != mask._version:
+            known = self._known[name] = (mask, mask._version, Active(mask, count))
+        return known[2]

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import MissingExtraError, UsageError
+from ..ops.files import replacing
 from ..options import config, flags
 from ..options.config import Config
 from . import runs
@@ -222,10 +223,9 @@ def plot(rows: Sequence[Row], path: Path, chance: float) -> None:
     axes.set_xticks(range(len(sparsities)), [f"{s * 100:.6g} %" for s in sparsities])
     axes.set(xlabel="sparsity", ylabel="test accuracy (%)", ylim=(0, 100))
     axes.legend(loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False)
-    temporary = path.with_suffix(".part.png")
-    figure.savefig(temporary, dpi=150)
+    with replacing(path) as unfinished:
+        figure.savefig(unfinished, dpi=150)
     plt.close(figure)
-    os.replace(temporary, path)
 
 
 def _pyplot():

@@ -37,6 +37,7 @@ from .. import upstream as adapters
 from ..errors import UsageError
 from ..host import itop
 from ..host.masking import Masking, unwrap
+from ..ops.files import save_checkpoint
 from ..options import east, flags
 from ..options.flags import option
 from ..plugins import activation as activations
@@ -296,7 +297,7 @@ class Activation:
                 logger.warning("%s; check --east-epochs", attachment.shortfall())
         hosted = [attachment for attachment in self.attachments if attachment.started and attachment.adapter]
         if self._state and hosted:
-            torch.save(hosted[-1].state_dict(), self._state)
+            save_checkpoint(Path(self._state), hosted[-1].state_dict())
 
     def check_used(self, script: str) -> None:
         """Raise `UsageError` where the script is over and nothing was attached."""
@@ -402,7 +403,11 @@ def _check_activation(options: east.EastOptions) -> None:
 def _writable(state: str) -> Path:
     """The file of `--east-state`, found again should the script change folders."""
     path = Path(state).absolute()
-    if path.is_dir() or not path.parent.is_dir() or not os.access(path if path.exists() else path.parent, os.W_OK):
+    if (
+        path.is_dir()
+        or not path.parent.is_dir()
+        or not all(os.access(p, os.W_OK) for p in (path, path.parent) if p.exists())
+    ):
         raise UsageError(f"--east-state {state!r} cannot be written; allowed is a file in a folder that exists")
     return path
 

@@ -8,7 +8,6 @@ at all.
 from __future__ import annotations
 
 import hashlib
-import os
 import re
 import sys
 from collections.abc import Sequence
@@ -16,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..errors import UsageError
+from ..ops.files import write_atomically
 from ..options import flags
 
 _HUNK = re.compile(r"@@ -(\d+),0 \+(\d+)(?:,(\d+))? @@")
@@ -126,9 +126,6 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--reverse", action="store_true", help="take the lines out again, which restores every byte")
     args = parser.parse_args(argv)
     for path, content in changed(args.checkout, args.reverse).items():
-        temporary = path.with_name(path.name + ".east")
-        temporary.write_bytes(content)
-        os.chmod(temporary, path.stat().st_mode)
-        os.replace(temporary, path)
+        write_atomically(path, content)
         print(f"{'restored' if args.reverse else 'patched'} {path}")
     return 0
