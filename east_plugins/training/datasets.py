@@ -22,6 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..errors import MissingExtraError, UsageError
+from ..ops.files import replacing
 
 log = logging.getLogger(__name__)
 
@@ -235,12 +236,10 @@ def _read_cache(path: Path, key: str) -> list[np.ndarray] | None:
 
 
 def _write_cache(path: Path, key: str, arrays: Sequence[np.ndarray]) -> None:
-    unfinished = path.with_suffix(f".{os.getpid()}.npz")
     try:
-        np.savez(unfinished, key=key, train=arrays[0], test=arrays[1])
-        unfinished.replace(path)
+        with replacing(path) as unfinished:
+            np.savez(unfinished, key=key, train=arrays[0], test=arrays[1])
     except OSError as error:
-        unfinished.unlink(missing_ok=True)
         log.info("decoded images are not kept: %s", error)
 
 

@@ -118,7 +118,8 @@ def _select_anew(model, masks, before, scores, input_shape, generator, names) ->
 
         def rank(at: Tensor) -> tuple[Tensor, Tensor]:
             keep, regret = active[at].int(), (was_active & ~active)[at].int()
-            return tuple(_ranks(tier, score[at], generator) for tier in (2 * keep + regret, 2 * keep - regret))
+            to_cover = _ranks(2 * keep + regret, score[at], generator)
+            return to_cover, _ranks(2 * keep - regret, score[at], generator)
 
         return _select(wiring.layers[name], possible[name], chosen, covered, budgets[name], rank)
 

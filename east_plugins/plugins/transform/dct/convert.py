@@ -5,6 +5,7 @@ from __future__ import annotations
 import fnmatch
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import nn
@@ -15,9 +16,9 @@ from ....ops import param_groups
 from ....ops.maskable import layers
 from ...registry import transform
 from . import engines
-from .layers import DCTConv1d, DCTConv2d, DCTConv3d, DCTLinear
+from .layers import DCTConv1d, DCTConv2d, DCTConv3d, DCTLinear, is_dct
 
-_DCT_CLASS = {nn.Conv1d: DCTConv1d, nn.Conv2d: DCTConv2d, nn.Conv3d: DCTConv3d, nn.Linear: DCTLinear}
+_DCT_CLASS: dict[Any, Any] = {nn.Conv1d: DCTConv1d, nn.Conv2d: DCTConv2d, nn.Conv3d: DCTConv3d, nn.Linear: DCTLinear}
 _PLAIN_CLASS = {dct: plain for plain, dct in _DCT_CLASS.items()}
 
 
@@ -50,7 +51,7 @@ def convert(
     engine; the model is unchanged then.
     """
     engines.check(engine)
-    if any(hasattr(module, "dct") for module in model.modules()):
+    if any(is_dct(module) for module in model.modules()):
         raise UsageError("the model has DCT layers (--dctps) already")
     patterns = [match] if isinstance(match, str) else list(match)
     found = {
