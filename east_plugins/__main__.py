@@ -18,6 +18,7 @@ COMMANDS = {
     "info": "parameters, memory and MACs of a network; no training",
     "analyze": "topology, gradient flow and activations of finished runs",
     "export": "write a run's sparse network as a deployable file",
+    "experiment": "the paper's headline on one GPU, part by part",
     "bench": "timings as ratios, side by side in one process",
     "patch": "add the --east-* flags to a checkout of a published script",
     "plugins": "list everything registered",
@@ -29,7 +30,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     argv = list(sys.argv[1:] if argv is None else argv)
     if not argv or argv[0] in ("-h", "--help"):
         print("usage: python -m east_plugins COMMAND [flags]   (COMMAND --help lists its flags)\n")
-        print("\n".join(f"  {name:<9} {help}" for name, help in COMMANDS.items()))
+        print("\n".join(f"  {name:<10} {help}" for name, help in COMMANDS.items()))
         return 0 if argv else 2
     if not {"", os.getcwd()} & set(sys.path):
         sys.path.insert(0, "")  # rules of one's own, as module:function, lie in the working folder

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..errors import UsageError
 from ..options import flags, sources
+from . import parsing
 
 if TYPE_CHECKING:
     from ..training.compare import Job
@@ -15,7 +16,14 @@ if TYPE_CHECKING:
 
 def main(argv: Sequence[str]) -> int:
     """Train all, print and write a table and a plot; returns the exit code."""
-    parser = sources.parser("compare", "Several methods, sparsities and seeds: one table, one plot; resumable.")
+    parser = parsing.parser(
+        "compare",
+        "Train several methods at several sparsities with several seeds: one table, one plot. The same command again "
+        "goes on where it was stopped.",
+        "compare --config configs/digits.yaml --methods rigl,east --sparsities 0.999 --seeds 0,1 --out runs/digits",
+        "compare --methods set,rigl,rigl+connected --data cifar10 --data-dir DIR --jobs 2 --out runs/cifar",
+        late=sources.late,
+    )
     group = parser.add_argument_group("comparison")
     group.add_argument("--methods", default="set,rigl,east", metavar="M,M", help="methods, as train takes them")
     group.add_argument("--sparsities", default="0.999,0.9995", metavar="S,S", help="shares of weights that are zero")
@@ -27,6 +35,8 @@ def main(argv: Sequence[str]) -> int:
     methods, sparsities, seeds, workers, out = (
         given.pop(name) for name in ("methods", "sparsities", "seeds", "jobs", "out")
     )
+    if workers < 1:
+        raise UsageError(f"--jobs must be at least 1, got {workers}")
     densities, numbers = _numbers("--sparsities", sparsities, float), _numbers("--seeds", seeds, int)
     from ..training.compare import compare, markdown  # PyTorch is not waited for where a flag is wrong
 

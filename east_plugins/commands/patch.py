@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from pathlib import Path
 
+from ..ops.files import write_atomically
 from ..options import flags
 from ..upstream import patching
 
@@ -22,9 +22,6 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--reverse", action="store_true", help="take the lines out again, which restores every byte")
     args = parser.parse_args(argv)
     for path, content in patching.changed(args.checkout, args.reverse).items():
-        temporary = path.with_name(path.name + ".east")
-        temporary.write_bytes(content)
-        os.chmod(temporary, path.stat().st_mode)
-        os.replace(temporary, path)
+        write_atomically(path, content)
         print(f"{'restored' if args.reverse else 'patched'} {path}")
     return 0

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from ..options import flags, methods
+from ..options import methods
 from ..options.plugged import SLOTS
 from ..plugins import registry
+from .parsing import parser
 
 
 def main(argv: Sequence[str]) -> int:
     """Everything registered, by kind, with a sentence of help, its source and its options; then the methods."""
-    flags.Parser(prog="east_plugins plugins", description="What is registered, by kind.").parse_args(argv)
+    parser("plugins", "What can be named in flags and files, by kind.").parse_args(argv)
     prefixes = {slot.kind: slot.prefix for slot in SLOTS}
     for kind in registry.ALL:
         print(f"{kind.kind}:")

@@ -5,11 +5,18 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from ..options import flags, sources
+from . import parsing
 
 
 def main(argv: Sequence[str]) -> int:
     """Train one network and print its result; returns the exit code."""
-    parser = sources.parser("train", "Train one network; flags have ITOP's names.")
+    parser = parsing.parser(
+        "train",
+        "Train one network; flags have ITOP's names.",
+        "train --method rigl+connected --model resnet20 --density 0.01 --epochs 12 --out runs/a",
+        "train --config configs/cifar10_resnet34.yaml --method east --density 0.0005 --data-dir DIR --out runs/b",
+        late=sources.late,
+    )
     parser.add_argument("--out", type=flags.folder, required=True, metavar="DIR", help="folder of the run")
     parser.add_argument("--resume", action="store_true", help="go on with the run in --out, if there is one")
     parser.add_argument("--quiet", action="store_true", help="no progress, only the result")

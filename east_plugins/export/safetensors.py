@@ -25,7 +25,10 @@ def to_safetensors(model: nn.Module, masks: Mapping[str, Tensor], metadata: Mapp
     tensors lie there as they are. `metadata`, of JSON types, is kept with the file.
     """
     state = model.state_dict(keep_vars=True)
-    tensors, shapes, aliases, names = {}, {}, {}, {}
+    tensors: dict[str, Tensor] = {}
+    shapes: dict[str, list[int]] = {}
+    aliases: dict[str, str] = {}
+    names: dict[int, str] = {}
     for name, tensor in state.items():
         first = names.setdefault(id(tensor), name)
         tensor = tensor.detach().cpu().contiguous()

@@ -86,7 +86,7 @@ class All:
     def __eq__(self, other: object) -> bool:
         return isinstance(other, All) and self.shape == other.shape
 
-    __hash__ = None
+    __hash__ = None  # type: ignore[assignment]  # Python's way to say so
 
     def __len__(self) -> int:
         return self.shape.numel()

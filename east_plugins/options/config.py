@@ -152,6 +152,18 @@ class Config:
         """What the method's name stands for."""
         return methods.preset(self.method, self.dctps)
 
+    def as_dict(self) -> dict[str, Any]:
+        """Flag names to values, as `--config` reads them."""
+        skipped = ("east", "plugin_options", "steps_per_epoch")
+        values = {name: value for name, value in vars(self).items() if name not in skipped and value is not None}
+        values |= {f"east_{name}": value for name, value in self._told_of_east().items()}
+        values |= self.plugin_options
+        return {name.replace("_", "-"): value for name, value in values.items()}
+
+    def _told_of_east(self) -> dict[str, Any]:
+        defaults = {field.name: field.default for field in dataclasses.fields(EastOptions)}
+        return {name: value for name, value in vars(self.east).items() if value != defaults[name]}
+
     def chosen(self) -> dict[str, str | None]:
         """The plugin of each kind that is asked for, by the method where not by hand."""
         named = {name: getattr(self, name) for name in plugged.BY_SETTING if not name.startswith("east_")}
@@ -261,14 +273,7 @@ class Resolved(Config):
         """The options of the plugin that a setting names, under the plugin's own names."""
         return plugged.BY_SETTING[setting].values(self.plugin_options)
 
-    def as_dict(self) -> dict[str, Any]:
-        """Flag names to values, as `--config` reads them. Switches of EAST are recorded off as well as on."""
-        skipped = ("east", "plugin_options", "steps_per_epoch")
-        values = {name: value for name, value in vars(self).items() if name not in skipped and value is not None}
-        values |= {f"east_{name}": getattr(self.east, name) for name in east.SWITCHES}
-        values |= {
-            f"east_{name}": value for name, value in vars(self.east).items()
-            if getattr(self.east, name.split("_")[0])
-        }  # fmt: skip
-        values |= self.plugin_options
-        return {name.replace("_", "-"): value for name, value in values.items()}
+    def _told_of_east(self) -> dict[str, Any]:
+        """Switches, off as well as on, and the numbers of what is on."""
+        on = vars(self.east)
+        return {name: value for name, value in on.items() if name in east.SWITCHES or on[name.split("_")[0]]}

@@ -20,6 +20,10 @@ __all__ = [
 ]  # fmt: skip
 
 
+#: Called with a parser, what is known of its arguments, and the flags among them that it does not know.
+Late = Callable[[argparse.ArgumentParser, argparse.Namespace, list[str]], None]
+
+
 class Parser(argparse.ArgumentParser):
     """An argparse parser that raises `UsageError` in place of printing usage, and takes no abbreviations.
 
@@ -30,7 +34,7 @@ class Parser(argparse.ArgumentParser):
     def __init__(
         self,
         *args: Any,
-        late: Callable[[argparse.ArgumentParser, argparse.Namespace, list[str]], None] | None = None,
+        late: Late | None = None,
         **kwargs: Any,
     ):
         super().__init__(*args, **{**kwargs, "allow_abbrev": False})

@@ -14,17 +14,15 @@ from .east import EastOptions
 
 _FIELDS = {field.name for field in dataclasses.fields(Config)} - {"east", "plugin_options"}
 _EAST = {f"east_{field.name}" for field in dataclasses.fields(EastOptions)}
+#: Parameters of `train` and `compare` that are flags as well.
+_OTHERS = {"out", "resume", "download", "methods", "sparsities", "seeds"}
+_SPOKEN = _FIELDS | _EAST | _OTHERS
 _SWITCHES = tuple(f"east_{name}" for name in east.SWITCHES)
 
 
 def spoken(message: str) -> str:
     """A message of the library as the command line says it: `death_rate` is `--death-rate`."""
-    return flags.spoken(message, lambda name: name in _FIELDS | _EAST or plugged.slot_of(name) is not None)
-
-
-def parser(prog: str, description: str | None) -> flags.Parser:
-    """A parser for a command that takes the flags of a run."""
-    return flags.Parser(prog=f"east_plugins {prog}", description=description, late=_late)
+    return flags.spoken(message, lambda name: name in _SPOKEN or plugged.slot_of(name) is not None)
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
@@ -39,7 +37,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     east.add_flags(parser)
 
 
-def _late(parser: argparse.ArgumentParser, known: argparse.Namespace, unknown: Sequence[str]) -> None:
+def late(parser: argparse.ArgumentParser, known: argparse.Namespace, unknown: Sequence[str]) -> None:
     """Flags of plugins, where one may be meant: looking plugins up takes PyTorch, no other wrong flag waits for it."""
     settings = vars(known)
     if any(plugged.slot_of(_dest(flag)) for flag in unknown) or any(name in settings for name in plugged.BY_SETTING):

@@ -18,6 +18,7 @@ from ..host.masking import Masking
 from ..host.packed import Copies
 from ..ops import distributed
 from ..ops.active import Active
+from ..ops.marks import PluginModule
 from ..ops.maskable import layers, maskable, unwrap
 from ..ops.modes import training_mode
 from ..ops.swap import restore, swap
@@ -61,7 +62,7 @@ class Engine:
 
     def __init__(self, host: Masking, input_shape: Sequence[int], engine: str = "auto"):
         if engine not in ENGINES:
-            raise UsageError(f"--engine must be one of {', '.join(ENGINES)}, got {engine!r}")
+            raise UsageError(f"`engine` must be one of {', '.join(ENGINES)}, got {engine!r}")
         self.host, self.input_shape, self.choice = host, tuple(input_shape), engine
         self.model = unwrap(host.modules[0])
         self.reason = "it was asked for" if engine == "dense" else _cannot(host, self.model)
@@ -129,14 +130,14 @@ class Engine:
         for module in (*self._names, *filter(_is_norm, self.model.modules())):
             module.east_slot = self._slots[module] = Slot()
             swap(module, Planned)
+        enter, leave = map(torch.compiler.disable, (self._enter, self._leave))  # here, as it imports the compiler
         self._handles = [
-            self.model.register_forward_pre_hook(_Hook(self._enter)),
-            self.model.register_forward_hook(_Hook(self._leave), always_call=True),
+            self.model.register_forward_pre_hook(_Hook(enter)),
+            self.model.register_forward_hook(_Hook(leave), always_call=True),
         ]
         self.host.engine = self
         self.host.packed.copies = CompiledCopies
 
-    @torch.compiler.disable
     def _enter(self, model: nn.Module, args: tuple) -> None:
         usual = len(args) == 1 and isinstance(args[0], Tensor)
         plans = self._forced[-1] if self._forced else self._choose(args[0]) if usual else None
@@ -146,7 +147,6 @@ class Engine:
         for module, slot in self._slots.items():
             slot.plan = plans.get(module) if plans else None
 
-    @torch.compiler.disable
     def _leave(self, model: nn.Module, args: tuple, output: Any) -> None:
         if not self._planned:
             return
@@ -376,7 +376,7 @@ def _is_norm(module: nn.Module) -> bool:
 def _reads_all_channels(model: nn.Module) -> bool:
     """Whether activations of a plugin read means of all channels, as DyReLU does."""
     return any(
-        getattr(module, "east_plugin", False) and any(True for _ in module.parameters()) for module in model.modules()
+        isinstance(module, PluginModule) and any(True for _ in module.parameters()) for module in model.modules()
     )
 
 

@@ -9,17 +9,24 @@ import os
 import statistics
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..errors import Interrupted, MissingExtraError, UsageError
+from ..errors import Interrupted, UsageError
+from ..ops import figures
+from ..ops import text as tables
 from ..options import sources
 from ..options.config import Config
-from . import runs
+from . import pictures, runs
 from .trainer import Trainer, check_same, train
 from .trainer import finished as ended
+
+CAPTION = (
+    "Test accuracy in %, mean +- standard deviation over seeds; in brackets the share of the active weights that lies "
+    "on a path from input to output."
+)
 
 
 @dataclass(frozen=True)
@@ -59,13 +66,13 @@ def jobs(
     `train` by name, those of a `config` file among them."""
     for name in ("density", "method", "seed"):
         if name in settings:
-            raise UsageError(f"`{name}` cannot be given to compare; it has --methods, --sparsities and --seeds")
+            raise UsageError(f"`{name}` cannot be given to compare; it has `methods`, `sparsities` and `seeds`")
     for sparsity in sparsities:
         if not 0 <= sparsity < 1:
-            raise UsageError(f"--sparsities must be in [0, 1), got {sparsity:g}")
+            raise UsageError(f"`sparsities` must be in [0, 1), got {sparsity:g}")
     for name, values in (("methods", methods), ("sparsities", [f"{s:g}" for s in sparsities]), ("seeds", seeds)):
         if twice := [value for i, value in enumerate(values) if value in values[:i]]:
-            raise UsageError(f"--{name} must differ, got {twice[0]} twice")
+            raise UsageError(f"`{name}` must differ, got {twice[0]} twice")
     found = []
     for method in methods:
         for sparsity in [0.0] if _is_dense(method) else sparsities:
@@ -100,12 +107,12 @@ def compare(
     """
     out = Path(out)
     if workers < 1:
-        raise UsageError(f"--jobs must be at least 1, got {workers}")
+        raise UsageError(f"`workers` must be at least 1, got {workers}")
     settings.setdefault("threads", max(1, (os.cpu_count() or 1) // workers))
     todo = jobs(methods, sparsities, seeds, out, settings)
     for folder in (out, *(job.out for job in todo)):
         runs.check_folder(folder)
-    _pyplot()  # a missing extra is said before hours of work
+    figures.figure(1, 1)  # a missing extra is said before hours of work
     check(todo)
     runs.make_folder(out)
     summaries: list[tuple[Job, dict[str, Any]]] = []
@@ -120,7 +127,9 @@ def compare(
     rows = collect(sorted(summaries, key=lambda pair: order[pair[0].out]))
     runs.write_atomically(out / "table.md", markdown(rows))
     runs.write_atomically(out / "table.csv", as_csv(rows))
-    plot(rows, out / "accuracy.png", chance=1 / summaries[0][1]["classes"])
+    options = todo[0].options
+    title = f"{options.model} on {options.data}, {options.epochs} epochs"
+    pictures.accuracy(rows, out / "accuracy.png", 1 / summaries[0][1]["classes"], title)
     return rows
 
 
@@ -128,7 +137,9 @@ def check(todo: Sequence[Job]) -> None:
     """Compare what is in the folders with what is asked for and build every kind of run once, without training it,
     so that what cannot be is refused before hours of work."""
     unfinished = [job for job in todo if ended(job.options, job.out) is None]
-    data = runs.load_data(unfinished[0].options) if unfinished else None
+    if not unfinished:
+        return
+    data = runs.load_data(unfinished[0].options)
     for job in unfinished:
         if (job.out / runs.CHECKPOINT).exists():
             check_same(job.out, job.options.resolve(data.train.steps(job.options.batch_size)))
@@ -138,15 +149,15 @@ def check(todo: Sequence[Job]) -> None:
 
 def run(todo: Sequence[Job], workers: int = 1) -> Iterator[tuple[Job, dict[str, Any]]]:
     """Train what is not finished yet; yields every job with its summary, those that were finished first."""
-    summaries = [(job, ended(job.options, job.out)) for job in todo]
-    yield from (pair for pair in summaries if pair[1] is not None)
-    todo = [job for job, summary in summaries if summary is None]
+    summaries = {job.out: ended(job.options, job.out) for job in todo}
+    yield from ((job, summary) for job in todo if (summary := summaries[job.out]) is not None)
+    todo = [job for job in todo if summaries[job.out] is None]
     if workers == 1 or len(todo) < 2:
         for job in todo:
             yield job, train(job.options, job.out, resume=True, quiet=True)
         return
     spawn = multiprocessing.get_context("spawn")
-    waiting, running = deque(todo), {}
+    waiting, running = deque(todo), dict[Future[dict[str, Any]], Job]()
     with ProcessPoolExecutor(workers, mp_context=spawn) as pool:
         while waiting or running:
             while waiting and len(running) < workers:  # one more, and the pool would start it after Ctrl-C
@@ -168,19 +179,19 @@ def collect(summaries: Sequence[tuple[Job, dict[str, Any]]]) -> list[Row]:
 
 
 def markdown(rows: Sequence[Row]) -> str:
-    """Test accuracy, mean and standard deviation over seeds, methods down and sparsities across; in brackets the
-    share of the active weights that lies on a path from input to output."""
+    """A caption, and test accuracy, mean and standard deviation over seeds, methods down and sparsities across; in
+    brackets the share of the active weights that lies on a path from input to output."""
     sparsities = sorted({row.sparsity for row in rows if not _is_dense(row.method)}) or [0.0]
     cells = {(row.method, row.sparsity): row for row in rows}
     head = ["method", *(f"{sparsity * 100:.6g} %" for sparsity in sparsities)]
-    lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
+    lines = []
     for method in dict.fromkeys(row.method for row in rows):
         line = [method]
         for sparsity in sparsities:
             row = cells.get((method, 0.0 if _is_dense(method) else sparsity))
             line.append("" if row is None else _cell(row))
-        lines.append("| " + " | ".join(line) + " |")
-    return "\n".join(lines) + "\n"
+        lines.append(line)
+    return f"{CAPTION}\n\n{tables.markdown(head, lines)}"
 
 
 def _cell(row: Row) -> str:
@@ -198,41 +209,6 @@ def as_csv(rows: Sequence[Row]) -> str:
         values = [f"{row.mean:.6f}", spread, len(row.accuracies), f"{statistics.fmean(row.effective):.6f}"]
         writer.writerow([row.method, row.sparsity, *values, " ".join(f"{a:.6f}" for a in row.accuracies)])
     return text.getvalue()
-
-
-def plot(rows: Sequence[Row], path: Path, chance: float) -> None:
-    """Grouped bars of test accuracy with every seed as a dot, one group a sparsity, and the line of chance."""
-    plt = _pyplot()
-    methods = list(dict.fromkeys(row.method for row in rows))
-    sparsities = sorted({row.sparsity for row in rows})
-    figure, axes = plt.subplots(figsize=(2 + 0.42 * len(methods) * len(sparsities), 4.2), layout="constrained")
-    width = 0.85 / len(methods)
-    for i, method in enumerate(methods):
-        mine = [row for row in rows if row.method == method]
-        x = [sparsities.index(row.sparsity) + (i - (len(methods) - 1) / 2) * width for row in mine]
-        axes.bar(x, [100 * row.mean for row in mine], 0.92 * width, label=method, color=f"C{i}", alpha=0.8)
-        for place, row in zip(x, mine, strict=True):
-            dots = [100 * accuracy for accuracy in row.accuracies]
-            axes.plot([place] * len(dots), dots, "k.", markersize=4)
-    axes.axhline(100 * chance, color="grey", linestyle="--", linewidth=1, label="chance")
-    axes.set_xticks(range(len(sparsities)), [f"{s * 100:.6g} %" for s in sparsities])
-    axes.set(xlabel="sparsity", ylabel="test accuracy (%)", ylim=(0, 100))
-    axes.legend(loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False)
-    temporary = path.with_suffix(".part.png")
-    figure.savefig(temporary, dpi=150)
-    plt.close(figure)
-    os.replace(temporary, path)
-
-
-def _pyplot():
-    try:
-        import matplotlib
-
-        matplotlib.use("Agg")
-        from matplotlib import pyplot
-    except ImportError as error:
-        raise MissingExtraError("accuracy.png needs matplotlib: pip install 'east_plugins[train]'") from error
-    return pyplot
 
 
 def _is_dense(method: str) -> bool:

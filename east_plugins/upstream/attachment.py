@@ -18,13 +18,13 @@ from ..host.masking import unwrap
 from ..ops import distributed
 from ..ops.counts import apportion
 from ..ops.maskable import maskable, theoretical_size
-from ..ops.swap import Swapped, swap
+from ..ops.swap import swap
 from ..options.east import EastOptions, ResolvedEast
 from ..plugins import activation as activations
 from ..plugins.activation.phased import PhasedActivations
 from ..plugins.activation.phased import attach as attach_activations
 from ..plugins.density import Cyclic
-from ..plugins.transform.sharing import share
+from ..plugins.transform.sharing import hidden_scales, share
 from . import checkpoints, hosts
 from .adapter import Adapter
 from .length import Length
@@ -91,16 +91,8 @@ class Attachment:
         model = unwrap(module)
         check_built_in(model, self.options)
         factor = self._share(model) if self.options.share else 1.0
-        hidden = [
-            (owner, owner._parameters.pop("scale"))
-            for owner in model.modules()
-            if isinstance(owner, Swapped) and "scale" in owner._parameters
-        ]
-        try:
+        with hidden_scales(model):
             yield factor
-        finally:
-            for owner, scale in hidden:
-                owner._parameters["scale"] = scale
         self.model = model
         if self._on_masks is not None:
             self.start(*self._on_masks)
@@ -115,8 +107,9 @@ class Attachment:
         if model is None or optimizer is None:
             self._on_masks = (length, input_shape)
             return
-        options, self.length = self.options, length
+        self.length = length
         self.input_shape = None if input_shape is None else tuple(input_shape)
+        options = self.options
         check_built_in(model, options)
         if distributed.active() and (options.dyrelu or options.share):
             raise UsageError("`east_dyrelu` and `east_share` work in one process only with a script of its own")

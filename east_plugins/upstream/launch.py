@@ -14,7 +14,6 @@ import atexit
 import contextlib
 import functools
 import inspect
-import io
 import logging
 import math
 import os
@@ -33,6 +32,7 @@ from torch.optim import Optimizer
 
 from ..errors import UsageError
 from ..host.masking import Masking, unwrap
+from ..ops.files import save_checkpoint
 from ..options import east, flags
 from ..options.flags import option
 from ..options.sources import spoken
@@ -170,9 +170,11 @@ class Takeover:
                 logger.warning("%s%s", attachment.shortfall(), "" if early else "; check --east-epochs")
         hosted = [attachment for attachment in self.attachments if attachment.started and attachment.adapter]
         if self._state and hosted:
-            content = io.BytesIO()
-            torch.save(states.gather(hosted[-1]), content)
-            _write_whole(self._state, content.getvalue())
+            try:
+                save_checkpoint(self._state, states.gather(hosted[-1]))
+            except (OSError, RuntimeError) as error:  # torch.save says so of a full disk
+                reason = getattr(error, "strerror", None) or " ".join(str(error).split())[:120]
+                raise UsageError(f"--east-state {self._state} cannot be written: {reason}") from error
 
     def close_at_exit(self) -> None:
         """`close` where nobody is left to catch an exception."""
@@ -302,21 +304,10 @@ def _check_dyrelu_type(options: east.EastOptions) -> None:
 def _writable(state: str) -> Path:
     """The file of `--east-state`, found again should the script change folders."""
     path = Path(state).absolute()
-    if path.is_dir() or not path.parent.is_dir() or not os.access(path if path.exists() else path.parent, os.W_OK):
+    if (
+        path.is_dir()
+        or not path.parent.is_dir()
+        or not all(os.access(p, os.W_OK) for p in (path, path.parent) if p.exists())
+    ):
         raise UsageError(f"--east-state {state!r} cannot be written; allowed is a file in a folder that exists")
     return path
-
-
-def _write_whole(path: Path, content: bytes) -> None:
-    """Write a file that is there whole or, after an error, as it was before."""
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.part")
-    try:
-        with open(temporary, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except OSError as error:
-        raise UsageError(f"--east-state {path} cannot be written: {error.strerror}") from error
-    finally:
-        temporary.unlink(missing_ok=True)

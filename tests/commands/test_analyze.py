@@ -54,7 +54,7 @@ def test_images_are_of_all_classes_where_the_data_is_sorted_by_them(pixels, tmp_
         assert main(["train", *TRAIN, "--method", "rigl", "--seed", str(ord(name)), *data, str(tmp_path / name)]) == 0
     labels = []
     monkeypatch.setattr(
-        "east_plugins.commands.analyze.gradient_norms",
+        "east_plugins.measure.analysis.gradient_norms",
         lambda model, masks, x, y: labels.append(y.tolist()) or dict.fromkeys(masks, 0.0),
     )
     code, *_ = analyze(capsys, tmp_path / "a", tmp_path / "b", "--images", 10)

@@ -5,7 +5,7 @@ import pytest
 import yaml
 
 from east_plugins.errors import UsageError
-from east_plugins.options import sources
+from east_plugins.options import flags, sources
 from east_plugins.options.config import Config
 from east_plugins.options.methods import METHODS, TRICKS
 from east_plugins.training import runs
@@ -13,7 +13,7 @@ from east_plugins.training import runs
 
 def parse(line, steps=None):
     """The run that flags describe, resolved where `steps` an epoch are given; errors as the command line says them."""
-    parser = sources.parser("train", None)
+    parser = flags.Parser(late=sources.late)
     sources.add_flags(parser)
     try:
         asked = sources.from_flags(vars(parser.parse_args(line.split())))
@@ -226,7 +226,7 @@ def test_east_config_file(tmp_path):
 
 
 def test_every_option_has_a_flag_and_help():
-    parser = sources.parser("train", None)
+    parser = flags.Parser(late=sources.late)
     sources.add_flags(parser)
     text = parser.format_help()
     for field in dataclasses.fields(Config):

@@ -13,7 +13,7 @@ from torch import nn
 from east_plugins import Config, Masking, growth
 from east_plugins.__main__ import main
 from east_plugins.errors import UsageError
-from east_plugins.options import sources
+from east_plugins.options import flags, sources
 from east_plugins.plugins.registry import Registry
 from east_plugins.training import runs
 
@@ -66,7 +66,7 @@ def folder(tmp_path, monkeypatch):
 
 
 def config(line):
-    parser = sources.parser("train", None)
+    parser = flags.Parser(late=sources.late)
     sources.add_flags(parser)
     return sources.from_flags(vars(parser.parse_args(line.split())))
 

@@ -11,6 +11,7 @@ import contextlib
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
@@ -20,8 +21,14 @@ from torch.overrides import TorchFunctionMode
 
 from ...errors import NothingMatchedError, UsageError
 from ...ops import param_groups
+from ...ops.marks import PluginModule
 from ...ops.modes import training_mode
 from ...ops.swap import Swapped, restore, swap
+
+if TYPE_CHECKING:
+    _Module = nn.Module
+else:
+    _Module = object
 
 FULL, BLEND, OFF = "full", "blend", "off"
 
@@ -42,7 +49,7 @@ class PhaseOut:
     def __post_init__(self):
         if not 0 <= self.start <= self.end or self.end == 0:
             raise UsageError(
-                f"--east-dyrelu-end must be positive and not before --east-dyrelu-start (at least 0), "
+                f"`end` must be positive and not before `start` (at least 0), "
                 f"got start {self.start} and end {self.end} in steps"
             )
 
@@ -52,7 +59,7 @@ class PhaseOut:
         return 1.0 if step <= self.start else 1 - (step - self.start) / (self.end - self.start)
 
 
-class PhasedActivation(nn.Module):
+class PhasedActivation(PluginModule, nn.Module):
     """What stands in for one ReLU call: `beta act(x) + (1 - beta) relu(x)`.
 
     `phase` is "full" (beta 1: `act` alone), "blend" or "off" (beta 0: the model's own ReLU runs and this module is
@@ -61,7 +68,7 @@ class PhasedActivation(nn.Module):
     what it meant when it was written.
     """
 
-    east_plugin = True
+    beta: Tensor
 
     def __init__(self, act: nn.Module):
         super().__init__()
@@ -75,6 +82,15 @@ class PhasedActivation(nn.Module):
             y = torch.lerp(F.relu(x), y, self.beta)
         return x.copy_(y) if inplace else y
 
+    @contextlib.contextmanager
+    def plain(self) -> Iterator[None]:
+        """Inside, the model's own ReLU runs."""
+        before, self.phase = self.phase, OFF
+        try:
+            yield
+        finally:
+            self.phase = before
+
     def _load_from_state_dict(self, *args):
         super()._load_from_state_dict(*args)
         self.phase = _phase(float(self.beta))
@@ -84,10 +100,8 @@ def _phase(beta: float) -> str:
     return FULL if beta == 1 else OFF if beta == 0 else BLEND
 
 
-class Sites(nn.ModuleList):
+class Sites(PluginModule, nn.ModuleList):
     """The `PhasedActivation`s of one module, in the order of its ReLU calls in a forward pass of the model."""
-
-    east_plugin = True
 
     def __init__(self, modules):
         super().__init__(modules)
@@ -99,11 +113,12 @@ class Sites(nn.ModuleList):
 
     def next(self) -> PhasedActivation:
         site = self[self.calls % len(self)]
+        assert isinstance(site, PhasedActivation)
         self.calls += 1
         return site
 
 
-class _Phased(Swapped):
+class _Phased(Swapped, _Module):
     """Mixed into the class of every module that calls ReLU itself, and into the model's.
 
     Such a module holds its `Sites` as `east_activations`; the model lists all of them in `east_order`, to start
@@ -112,10 +127,15 @@ class _Phased(Swapped):
 
     east_order: Sequence[Sites] = ()
 
+    @property
+    def _east_sites(self) -> Sites | None:
+        sites = self._modules.get("east_activations")
+        return sites if isinstance(sites, Sites) else None
+
     def forward(self, *args, **kwargs):
-        for sites in self.east_order:
-            sites.calls = 0
-        sites = getattr(self, "east_activations", None)
+        for each in self.east_order:
+            each.calls = 0
+        sites = self._east_sites
         if sites is None or sites[0].phase == OFF:
             return super().forward(*args, **kwargs)
         with _Redirect(sites):
@@ -240,7 +260,7 @@ class PhasedActivations:
 
     def __call__(self, host) -> None:
         """Bring the phase-out to `host.steps`, and at its end remove the parameters from `host.optimizer`."""
-        if not self.sites:
+        if not self.sites or self.phase_out is None:
             return
         beta = self.phase_out.beta(host.steps)
         if beta == 0:
@@ -276,13 +296,13 @@ def attach(
     ReLU; the model is unchanged then.
     """
     if _sites(model):
-        raise UsageError("the model has phased activations (--east-dyrelu) already")
+        raise UsageError("the model has phased activations (`east_dyrelu`) already")
     like = next(model.parameters(), torch.empty(0))
     with _forked_rng(like.device):
         channels = _relu_channels(model, torch.zeros(2, *input_shape, dtype=like.dtype, device=like.device))
         if not channels:
             raise NothingMatchedError(
-                "--east-dyrelu: the model calls no ReLU (nn.ReLU, F.relu, torch.relu or Tensor.relu)"
+                "`east_dyrelu`: the model calls no ReLU (nn.ReLU, F.relu, torch.relu or Tensor.relu)"
             )
         if generator is not None:
             torch.default_generator.manual_seed(int(torch.randint(2**63 - 1, (), generator=generator)))
@@ -292,7 +312,7 @@ def attach(
         owner.east_activations = sites.to(like.device, like.dtype).train(owner.training)
     if model not in order:
         swap(model, _Phased)
-    model.east_order = list(order.values())
+    model.__dict__["east_order"] = list(order.values())
     return PhasedActivations(model, phase_out)
 
 

@@ -11,6 +11,7 @@ from torch import nn
 
 from ...errors import UsageError
 from ...host.masking import Masking
+from ...ops.marks import leave_out
 from ...ops.maskable import unwrap
 from ...plugins.density import Cyclic
 from ..adapter import theirs
@@ -58,8 +59,8 @@ class _OwnHost(Masking):
     def add_module(self, module: nn.Module, density: float = 0.05, sparse_init: str = "ERK", **kwargs: Any) -> None:
         model = unwrap(module)
         for name, part in model.named_modules():
-            if "relu" in name.lower():
-                vars(part)["east_plugin"] = True  # DyReLU's matrices are no maskable weights
+            if "relu" in name.rpartition(".")[2].lower():
+                leave_out(part)  # DyReLU's matrices are no maskable weights
         if _cyclic(self.args) and self.prune_every_k_steps and self.steps_per_cycle:
             self.schedule = self._cycles(density)
             close, decay = self.schedule.close, own_decay(self.death_rate_decay, self.death_rate)

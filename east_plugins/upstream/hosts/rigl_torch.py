@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ...host.masking import Masking
+from ...ops.marks import leave_out
 from ...plugins.density import Constant
 from ...plugins.rate import Cosine
 from ..adapter import Adapter, Attached, Driven, theirs
@@ -145,7 +146,7 @@ class _OwnPruner:
     ):
         for module in model.modules():
             if isinstance(weight := getattr(module, "weight", None), nn.Parameter) and not weight.requires_grad:
-                module.east_plugin = True  # DCTpS's fixed matrices are no maskable weights
+                leave_out(module)  # DCTpS's fixed matrices are no maskable weights
         self.host = Masking(
             optimizer,
             death_rate_decay=Cosine(alpha, T_end, 0.0).__call__,  # a function: it does not run to the end of training
