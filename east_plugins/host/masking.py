@@ -241,6 +241,8 @@ class Masking(Surface):
                 sets, masked = self._split()
                 if due and "grad" in self.needs:
                     dense.update({name: self.weights[name].grad.clone() for name in masked})
+                    if self.engine is not None:
+                        dense.update(self.engine.dense_gradients())
                 self._mask_gradients(masked)
                 stack.enter_context(self.packed.stepping(sets))
 
