@@ -49,6 +49,8 @@ class Stepping:
         self.mask_what_others_wrote()
         sets, dense = self._split(engine)
         self._dense = {name: grad.clone() for name, grad in self.gradients(dense).items()} if keep_dense else {}
+        if keep_dense and engine is not None:
+            self._dense |= engine.dense_gradients()
         self._mask_gradients(dense)
         with self.packed.stepping(sets):
             if self.packed.written:  # in ways that leave no trace but the values

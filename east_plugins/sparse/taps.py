@@ -14,11 +14,19 @@ import torch
 from torch import Tensor, nn
 
 from . import kernel
+from .once import once
 
 
 def planes(x: Tensor) -> Tensor:
     """[N, C, H, W] as contiguous [C, H, W, N]; a view where it lies so already."""
     return x.permute(1, 2, 3, 0).contiguous()
+
+
+def images_first(x: Tensor) -> Tensor:
+    """Contiguous [C, H, W, N] as [N, C, H, W] in the same memory, and no view: it can be written to in place."""
+    channels, height, width, images = x.shape
+    strides = (1, height * width * images, width * images, images)
+    return x.new_empty(0).set_(x.untyped_storage(), x.storage_offset(), (images, channels, height, width), strides)
 
 
 def in_planes(x: Tensor) -> bool:
@@ -122,10 +130,10 @@ class _Convolve(torch.autograd.Function):
         _gather(geometry.struct(images, taps.by_output.most), taps.by_output, values, x, out)
         ctx.save_for_backward(x, values)
         ctx.taps, ctx.geometry = taps, geometry
-        return out.permute(3, 0, 1, 2)
+        return images_first(out)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @once
     def backward(ctx, grad: Tensor):
         x, values = ctx.saved_tensors
         taps, geometry, images = ctx.taps, ctx.geometry, x.shape[3]
