@@ -20,7 +20,7 @@ from torch.nn import functional as F
 from ..errors import EastError, UsageError
 from ..host.masking import Masking
 from ..ops import memory
-from ..ops.paths import effective_density
+from ..ops.paths import effective_density, on_path
 from ..options.config import Config
 from ..plugins import activation as activations
 from ..plugins import registry
@@ -210,6 +210,8 @@ class Trainer:
     def _evaluate(self) -> dict[str, Any]:
         """The epoch's line of `metrics.jsonl`; keeps the network where it is the best so far."""
         loss, correct, images = (float(value) for value in self.totals.values())
+        live = on_path(self.model, self.host.masks, self.data.input_shape)
+        layers = {name: [int(mask.sum()), int(live[name].sum())] for name, mask in self.host.masks.items()}
         line = {
             "epoch": self.epoch,
             "loss": loss / images,
@@ -217,11 +219,12 @@ class Trainer:
             "validation_accuracy": self.accuracy(self.data.validation),
             "density": self.density,
             "nonzeros": self.host.nonzeros,
-            "effective_density": effective_density(self.model, self.host.masks, self.data.input_shape),
+            "effective_density": sum(on for _, on in layers.values()) / self.host.theoretical_size,
             "beta": self.beta,
             "lr": self.scheduler.get_last_lr()[0],
             "death_rate": self.host.death_rate,
             "itop_rate": self.host.fired_masks_update()[1],
+            "layers": layers,  # active weights, and those of them on a path
         }
         at_target = self.host.nonzeros == self.host.target_nonzeros(self.total_steps) and self.beta == 0
         if at_target and (self.best is None or line["validation_accuracy"] >= self.best["validation_accuracy"]):
