@@ -140,12 +140,12 @@ class Masking(Books):
         model: nn.Module,
         optimizer: torch.optim.Optimizer,
         *,
-        density: float,
         steps: int,
+        density: float | None = None,
         **settings: Any,
     ) -> Masking:
         """The host of a method of `train`, its tricks applied to the model: see `host.presets.of`."""
-        return presets.of(cls, method, model, optimizer, density=density, steps=steps, **settings)
+        return presets.of(cls, method, model, optimizer, steps=steps, density=density, **settings)
 
     # ------------------------------------------------------------------ building
 

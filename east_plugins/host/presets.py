@@ -27,8 +27,8 @@ def of(
     model: nn.Module,
     optimizer: torch.optim.Optimizer,
     *,
-    density: float,
     steps: int,
+    density: float | None = None,
     input_shape: Sequence[int] | None = None,
     epochs: int = 1,
     seed: int = 0,
@@ -44,8 +44,8 @@ def of(
     Args:
         kind: class of the host.
         method: name of a method with `+trick`s, as `train --method` takes it.
-        density: active share of the maskable weights, in (0, 1].
         steps: optimizer steps of the whole run, which update frequencies and cycles are scaled to.
+        density: active share of the maskable weights, in (0, 1]; None: 1 for `dense`, else 0.001.
         input_shape: of one input without the batch; for `connected` starts and DyReLU.
         epochs: parts of the run in which `lr_drops` and EAST's lengths are counted; 1 counts them as shares of it.
         seed: of everything random in the host.

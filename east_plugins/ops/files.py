@@ -66,12 +66,12 @@ def check_folder(out: Path) -> None:
     try:
         out.exists()
     except OSError as error:  # such as a name too long
-        raise UsageError(f"--out {out} cannot be made: {error.strerror}") from error
+        raise UsageError(f"`out` {out} cannot be made: {error.strerror}") from error
     place = next((place for place in (out, *out.parents) if os.path.exists(place)), Path())
     if not place.is_dir():
-        raise UsageError(f"--out {out} cannot be made: {place} is a file")
+        raise UsageError(f"`out` {out} cannot be made: {place} is a file")
     if not os.access(place, os.W_OK | os.X_OK):
-        raise UsageError(f"--out {out} cannot be made: {place} cannot be written to")
+        raise UsageError(f"`out` {out} cannot be made: {place} cannot be written to")
 
 
 def make_folder(out: Path) -> None:
@@ -79,7 +79,7 @@ def make_folder(out: Path) -> None:
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise UsageError(f"--out {out} cannot be made: {error.strerror}") from error
+        raise UsageError(f"`out` {out} cannot be made: {error.strerror}") from error
 
 
 def digest(tensors: Mapping[str, Tensor]) -> str:

@@ -155,7 +155,11 @@ class ResolvedEast(EastOptions):
         """The phase-out, in steps."""
         from ..plugins.activation.phased import PhaseOut
 
-        return PhaseOut(round(self.dyrelu_start * steps_per_epoch), round(self.dyrelu_end * steps_per_epoch))
+        start, end = (round(epoch * steps_per_epoch) for epoch in (self.dyrelu_start, self.dyrelu_end))
+        try:
+            return PhaseOut(start, end)
+        except UsageError as error:
+            raise UsageError(rename(str(error), {"start": start, "end": end}, "east_dyrelu_")) from error
 
 
 def scaled_steps(reference: int, total_steps: float) -> int:

@@ -14,12 +14,15 @@ from .east import EastOptions
 
 _FIELDS = {field.name for field in dataclasses.fields(Config)} - {"east", "plugin_options"}
 _EAST = {f"east_{field.name}" for field in dataclasses.fields(EastOptions)}
+#: Parameters of `train` and `compare` that are flags as well.
+_OTHERS = {"out", "resume", "download", "methods", "sparsities", "seeds"}
+_SPOKEN = _FIELDS | _EAST | _OTHERS
 _SWITCHES = tuple(f"east_{name}" for name in east.SWITCHES)
 
 
 def spoken(message: str) -> str:
     """A message of the library as the command line says it: `death_rate` is `--death-rate`."""
-    return flags.spoken(message, lambda name: name in _FIELDS | _EAST or plugged.slot_of(name) is not None)
+    return flags.spoken(message, lambda name: name in _SPOKEN or plugged.slot_of(name) is not None)
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:

@@ -62,7 +62,7 @@ class Engine:
 
     def __init__(self, host: Masking, input_shape: Sequence[int], engine: str = "auto"):
         if engine not in ENGINES:
-            raise UsageError(f"--engine must be one of {', '.join(ENGINES)}, got {engine!r}")
+            raise UsageError(f"`engine` must be one of {', '.join(ENGINES)}, got {engine!r}")
         self.host, self.input_shape, self.choice = host, tuple(input_shape), engine
         self.model = unwrap(host.modules[0])
         self.reason = "it was asked for" if engine == "dense" else _cannot(host, self.model)

@@ -9,7 +9,7 @@ import os
 import statistics
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -66,13 +66,13 @@ def jobs(
     `train` by name, those of a `config` file among them."""
     for name in ("density", "method", "seed"):
         if name in settings:
-            raise UsageError(f"`{name}` cannot be given to compare; it has --methods, --sparsities and --seeds")
+            raise UsageError(f"`{name}` cannot be given to compare; it has `methods`, `sparsities` and `seeds`")
     for sparsity in sparsities:
         if not 0 <= sparsity < 1:
-            raise UsageError(f"--sparsities must be in [0, 1), got {sparsity:g}")
+            raise UsageError(f"`sparsities` must be in [0, 1), got {sparsity:g}")
     for name, values in (("methods", methods), ("sparsities", [f"{s:g}" for s in sparsities]), ("seeds", seeds)):
         if twice := [value for i, value in enumerate(values) if value in values[:i]]:
-            raise UsageError(f"--{name} must differ, got {twice[0]} twice")
+            raise UsageError(f"`{name}` must differ, got {twice[0]} twice")
     found = []
     for method in methods:
         for sparsity in [0.0] if _is_dense(method) else sparsities:
@@ -107,7 +107,7 @@ def compare(
     """
     out = Path(out)
     if workers < 1:
-        raise UsageError(f"--jobs must be at least 1, got {workers}")
+        raise UsageError(f"`workers` must be at least 1, got {workers}")
     settings.setdefault("threads", max(1, (os.cpu_count() or 1) // workers))
     todo = jobs(methods, sparsities, seeds, out, settings)
     for folder in (out, *(job.out for job in todo)):
@@ -137,7 +137,9 @@ def check(todo: Sequence[Job]) -> None:
     """Compare what is in the folders with what is asked for and build every kind of run once, without training it,
     so that what cannot be is refused before hours of work."""
     unfinished = [job for job in todo if ended(job.options, job.out) is None]
-    data = runs.load_data(unfinished[0].options) if unfinished else None
+    if not unfinished:
+        return
+    data = runs.load_data(unfinished[0].options)
     for job in unfinished:
         if (job.out / runs.CHECKPOINT).exists():
             check_same(job.out, job.options.resolve(data.train.steps(job.options.batch_size)))
@@ -147,15 +149,15 @@ def check(todo: Sequence[Job]) -> None:
 
 def run(todo: Sequence[Job], workers: int = 1) -> Iterator[tuple[Job, dict[str, Any]]]:
     """Train what is not finished yet; yields every job with its summary, those that were finished first."""
-    summaries = [(job, ended(job.options, job.out)) for job in todo]
-    yield from (pair for pair in summaries if pair[1] is not None)
-    todo = [job for job, summary in summaries if summary is None]
+    summaries = {job.out: ended(job.options, job.out) for job in todo}
+    yield from ((job, summary) for job in todo if (summary := summaries[job.out]) is not None)
+    todo = [job for job in todo if summaries[job.out] is None]
     if workers == 1 or len(todo) < 2:
         for job in todo:
             yield job, train(job.options, job.out, resume=True, quiet=True)
         return
     spawn = multiprocessing.get_context("spawn")
-    waiting, running = deque(todo), {}
+    waiting, running = deque(todo), dict[Future[dict[str, Any]], Job]()
     with ProcessPoolExecutor(workers, mp_context=spawn) as pool:
         while waiting or running:
             while waiting and len(running) < workers:  # one more, and the pool would start it after Ctrl-C

@@ -63,10 +63,10 @@ class Progress:
 
     def _state(self) -> str:
         trainer = self.trainer
-        loss, correct, images = (float(value) for value in trainer.totals.values())
-        images = max(1, images)
+        totals = trainer.totals
         return (
-            f"loss {loss / images:.3f} acc {correct / images:.1%} density {trainer.density:.5f} beta {trainer.beta:.2f}"
+            f"loss {totals.mean_loss:.3f} acc {totals.accuracy:.1%} density {trainer.density:.5f} "
+            f"beta {trainer.beta:.2f}"
         )
 
 

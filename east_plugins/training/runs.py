@@ -90,17 +90,17 @@ def build_model(options: Resolved, num_classes: int, input_shape: tuple[int, int
 def _check_dctps(options: Resolved) -> None:
     if options.east.share:
         raise UsageError(
-            "--dctps --east-share: weight sharing is left out with DCTpS, to prevent conflicts with the DCT matrices "
+            "`dctps` `east_share`: weight sharing is left out with DCTpS, to prevent conflicts with the DCT matrices "
             "(EAST paper, Section 4)"
         )
     allocation = registry.allocation.entry(options.sparse_init)
     if allocation.meta.get("needs_weights"):
         raise UsageError(
-            f"--dctps --sparse-init {allocation.name}: the sparse weights of DCTpS layers start at zero, so that "
+            f"`dctps` `sparse_init` {allocation.name}: the sparse weights of DCTpS layers start at zero, so that "
             "their saliency says nothing; allowed are ERK, ER, uniform, EPL, EPF, connected"
         )
     if options.weight_init != "default":
-        raise UsageError(f"--dctps --weight-init {options.weight_init}: sparse weights of DCTpS layers start at zero")
+        raise UsageError(f"`dctps` `weight_init` {options.weight_init}: sparse weights of DCTpS layers start at zero")
 
 
 def device(name: str | None) -> torch.device:
@@ -109,7 +109,7 @@ def device(name: str | None) -> torch.device:
         found = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
         torch.empty(0, device=found)
     except (RuntimeError, AssertionError) as error:
-        raise UsageError(f"--device {name} cannot be used: {' '.join(str(error).split())[:120]}") from error
+        raise UsageError(f"`device` {name} cannot be used: {' '.join(str(error).split())[:120]}") from error
     return found
 
 
@@ -144,7 +144,7 @@ def load_run(folder: str | Path) -> Run:
     asked = read_config(folder)
     summary = read_summary(folder)
     if summary is None:
-        raise UsageError(f"{folder} holds an unfinished run: it has no readable {SUMMARY}; go on with train --resume")
+        raise UsageError(f"{folder} holds an unfinished run: it has no readable {SUMMARY}; go on with train `resume`")
     checkpoint = load_checkpoint(folder / CHECKPOINT)
     try:
         options = asked.resolve(summary["steps"] // summary["epochs"])
@@ -161,5 +161,5 @@ def load_run(folder: str | Path) -> Run:
 
 def same_run(a: Resolved, b: Resolved) -> bool:
     """Whether two resolved configurations describe the same run; device and threads may differ."""
-    neutral = dict(device=None, threads=None)
-    return dataclasses.replace(a, **neutral) == dataclasses.replace(b, **neutral)
+    a, b = (dataclasses.replace(resolved, device=None, threads=None) for resolved in (a, b))
+    return a == b

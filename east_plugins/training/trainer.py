@@ -10,11 +10,13 @@ import math
 import signal
 import sys
 import time
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..errors import Interrupted, UsageError
@@ -44,9 +46,13 @@ def train(options: Config, out: str | Path, resume: bool = False, quiet: bool = 
     out = Path(out)
     runs.check_folder(out)
     if (out / runs.CONFIG).exists() and not resume:
-        raise UsageError(f"--out {out} holds a run already; add --resume to go on with it, or choose another folder")
+        raise UsageError(f"`out` {out} holds a run already; add `resume` to go on with it, or choose another folder")
     if resume and (summary := finished(options, out)):
         return summary
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    if runs.device(options.device).type == "cpu":
+        memory.keep_freed()
     trainer = Trainer(options, out)
     if resume:
         trainer.restore()
@@ -69,7 +75,36 @@ def finished(options: Config, out: Path) -> dict[str, Any] | None:
 def check_same(out: Path, options: Resolved) -> None:
     """Raises `UsageError` where the run in `out` is not that of the resolved `options`."""
     if not runs.same_run(runs.read_config(out).resolve(options.steps_per_epoch), options):
-        raise UsageError(f"--out {out}: {runs.CONFIG} there describes another run than the flags given")
+        raise UsageError(f"`out` {out}: {runs.CONFIG} there describes another run than the flags given")
+
+
+@dataclass
+class Totals:
+    """Sums over the images of an epoch so far; tensors stay on their device until they are read."""
+
+    loss: Tensor | float = 0.0
+    correct: Tensor | float = 0.0
+    images: float = 0
+
+    def add(self, loss: Tensor, correct: Tensor, images: int) -> None:
+        """A batch of `images` with its mean loss, and how many of them were classified right."""
+        self.loss = self.loss + loss * images
+        self.correct = self.correct + correct
+        self.images += images
+
+    @property
+    def mean_loss(self) -> float:
+        return float(self.loss) / max(1, self.images)
+
+    @property
+    def accuracy(self) -> float:
+        return float(self.correct) / max(1, self.images)
+
+
+class Interrupt:
+    """Whether Ctrl-C was pressed."""
+
+    pressed = False
 
 
 class Trainer:
@@ -77,11 +112,7 @@ class Trainer:
 
     def __init__(self, options: Config, out: Path, data: Data | None = None):
         self.out = out
-        if options.threads:
-            torch.set_num_threads(options.threads)
         self.device = runs.device(options.device)
-        if self.device.type == "cpu":
-            memory.keep_freed()
         self.data = (data or runs.load_data(options)).to(self.device)
         self.steps_per_epoch = self.data.train.steps(options.batch_size)
         self.options: Resolved = options.resolve(self.steps_per_epoch)
@@ -102,7 +133,7 @@ class Trainer:
         self.generator = torch.Generator().manual_seed(options.seed)
         self.epoch, self.step_in_epoch = 0, 0
         self.epoch_generator = self.generator.get_state()
-        self.totals = {"loss": 0.0, "correct": 0.0, "images": 0}
+        self.totals = Totals()
         self.best: dict[str, Any] | None = None
         self.seconds = 0.0
         self.saved = time.monotonic()
@@ -110,7 +141,7 @@ class Trainer:
 
     # ------------------------------------------------------------------ training
 
-    def run_epoch(self, interrupt: dict[str, bool], progress: Progress) -> None:
+    def run_epoch(self, interrupt: Interrupt, progress: Progress) -> None:
         """One epoch, or what is left of it after `restore`; evaluates and logs at its end, and saves where the last
         checkpoint is old or the run is over."""
         options, began = self.options, time.monotonic()
@@ -123,7 +154,7 @@ class Trainer:
             self._step(x, y)
             self.step_in_epoch += 1
             progress.step()
-            if interrupt["pressed"]:
+            if interrupt.pressed:
                 self.seconds += time.monotonic() - began
                 self.save()
                 raise Interrupted(f"stopped in epoch {self.epoch + 1}; go on with --resume --out {self.out}")
@@ -132,7 +163,7 @@ class Trainer:
         line = self._evaluate()
         self.seconds += time.monotonic() - began
         line["seconds"] = round(self.seconds, 2)
-        self.totals = {"loss": 0.0, "correct": 0.0, "images": 0}
+        self.totals = Totals()
         if not math.isfinite(line["loss"]):
             line["loss"] = None  # JSON has no NaN
             if not self.diverged:
@@ -152,17 +183,14 @@ class Trainer:
         loss.backward()
         self.host.step()
         self.scheduler.step()
-        self.totals["loss"] += loss.detach() * len(y)
-        self.totals["correct"] += (output.argmax(1) == y).sum()
-        self.totals["images"] += len(y)
+        self.totals.add(loss.detach(), (output.argmax(1) == y).sum(), len(y))
 
     def _evaluate(self) -> dict[str, Any]:
         """The epoch's line of `metrics.jsonl`; keeps the network where it is the best so far."""
-        loss, correct, images = (float(value) for value in self.totals.values())
         line = {
             "epoch": self.epoch,
-            "loss": loss / images,
-            "train_accuracy": correct / images,
+            "loss": self.totals.mean_loss,
+            "train_accuracy": self.totals.accuracy,
             "validation_accuracy": self.accuracy(self.data.validation),
             "density": self.density,
             "nonzeros": self.host.nonzeros,
@@ -194,8 +222,10 @@ class Trainer:
 
     def finish(self) -> dict[str, Any]:
         """Test the best network, once, and write the summary."""
-        self.model.load_state_dict(self.best["model"])
-        masks = self.best["masks"]
+        best = self.best
+        assert best is not None  # the last epoch is at the target density, after the phase-out
+        self.model.load_state_dict(best["model"])
+        masks = best["masks"]
         self.host.load_state_dict({**self.host.state_dict(), "masks": masks})
         nonzeros = sum(int(mask.sum()) for mask in masks.values())
         summary = {
@@ -210,8 +240,8 @@ class Trainer:
             "effective_density": effective_density(self.model, masks, self.data.input_shape),
             "parameters": sum(p.numel() for p in self.model.parameters()),
             "test_accuracy": self.accuracy(self.data.test),
-            "best_validation_accuracy": self.best["validation_accuracy"],
-            "best_epoch": self.best["epoch"],
+            "best_validation_accuracy": best["validation_accuracy"],
+            "best_epoch": best["epoch"],
             "itop_rate": self.host.fired_masks_update()[1],
             "steps": self.host.steps,
             "epochs": self.epoch,
@@ -219,7 +249,7 @@ class Trainer:
             "seconds": round(self.seconds, 2),
             "peak_memory_mib": _peak_memory(self.device),
             "seed": self.options.seed,
-            "weights_sha256": runs.digest({**self.best["model"], **{f"mask {n}": m for n, m in masks.items()}}),
+            "weights_sha256": runs.digest({**best["model"], **{f"mask {n}": m for n, m in masks.items()}}),
         }
         runs.write_atomically(self.out / runs.SUMMARY, json.dumps(summary, indent=1) + "\n")
         return summary
@@ -252,7 +282,7 @@ class Trainer:
                 "epoch": self.epoch,
                 "step_in_epoch": self.step_in_epoch,
                 "epoch_generator": self.epoch_generator,
-                "totals": {name: float(value) for name, value in self.totals.items()},
+                "totals": {name: float(value) for name, value in vars(self.totals).items()},
                 "seconds": self.seconds,
                 "diverged": self.diverged,
                 "rng": torch.get_rng_state(),
@@ -275,8 +305,9 @@ class Trainer:
             getattr(self, name).load_state_dict(state[name])
         if self.phased:
             self.phased.beta = state["beta"]
-        for name in ("best", "epoch", "step_in_epoch", "totals", "seconds"):
+        for name in ("best", "epoch", "step_in_epoch", "seconds"):
             setattr(self, name, state[name])
+        self.totals = Totals(**state["totals"])
         self.diverged = state.get("diverged", False)
         self.epoch_generator = state["epoch_generator"].cpu()
         torch.set_rng_state(state["rng"].cpu())
@@ -292,10 +323,10 @@ def _cut_metrics(path: Path, epochs: int) -> None:
         runs.write_atomically(path, "".join(line + "\n" for line in path.read_text().splitlines()[:epochs]))
 
 
-def _optimizer(options: Config, model: nn.Module) -> torch.optim.Optimizer:
+def _optimizer(options: Resolved, model: nn.Module) -> torch.optim.Optimizer:
     parameters = list(model.parameters())
     fused = True if parameters[0].is_cuda else None  # None: PyTorch's choice
-    shared = dict(lr=options.lr, weight_decay=options.weight_decay, fused=fused)
+    shared: dict[str, Any] = dict(lr=options.lr, weight_decay=options.weight_decay, fused=fused)
     if options.optimizer == "sgd":
         return torch.optim.SGD(parameters, momentum=options.momentum, nesterov=options.nesterov, **shared)
     return {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[options.optimizer](parameters, **shared)
@@ -311,14 +342,14 @@ def _peak_memory(device: torch.device) -> float:
 
 
 @contextlib.contextmanager
-def _catch_interrupt():
+def _catch_interrupt() -> Iterator[Interrupt]:
     """The first Ctrl-C only sets a mark, so that a step is never cut in two; the second one stops at once."""
-    interrupt = {"pressed": False}
+    interrupt = Interrupt()
 
-    def mark(signum, frame):
-        if interrupt["pressed"]:
+    def mark(signum: int, frame: Any) -> None:
+        if interrupt.pressed:
             raise KeyboardInterrupt
-        interrupt["pressed"] = True
+        interrupt.pressed = True
 
     try:
         before = signal.signal(signal.SIGINT, mark)

@@ -275,7 +275,7 @@ def test_many_processes_stay_dense(monkeypatch):
 
 
 def test_an_unknown_engine_is_refused():
-    with pytest.raises(UsageError, match="--engine must be one of auto, dense, sparse, got 'fast'"):
+    with pytest.raises(UsageError, match="`engine` must be one of auto, dense, sparse, got 'fast'"):
         build("fast")
 
 

@@ -49,7 +49,7 @@ class PhaseOut:
     def __post_init__(self):
         if not 0 <= self.start <= self.end or self.end == 0:
             raise UsageError(
-                f"--east-dyrelu-end must be positive and not before --east-dyrelu-start (at least 0), "
+                f"`end` must be positive and not before `start` (at least 0), "
                 f"got start {self.start} and end {self.end} in steps"
             )
 
@@ -296,13 +296,13 @@ def attach(
     ReLU; the model is unchanged then.
     """
     if _sites(model):
-        raise UsageError("the model has phased activations (--east-dyrelu) already")
+        raise UsageError("the model has phased activations (`east_dyrelu`) already")
     like = next(model.parameters(), torch.empty(0))
     with _forked_rng(like.device):
         channels = _relu_channels(model, torch.zeros(2, *input_shape, dtype=like.dtype, device=like.device))
         if not channels:
             raise NothingMatchedError(
-                "--east-dyrelu: the model calls no ReLU (nn.ReLU, F.relu, torch.relu or Tensor.relu)"
+                "`east_dyrelu`: the model calls no ReLU (nn.ReLU, F.relu, torch.relu or Tensor.relu)"
             )
         if generator is not None:
             torch.default_generator.manual_seed(int(torch.randint(2**63 - 1, (), generator=generator)))

@@ -42,7 +42,7 @@ def draw(
     scores = {name: torch.rand(positions.shape, generator=generator) for name, positions in possible.items()}
     for name, positions in possible.items():
         if not positions.any():
-            raise UsageError(f"--sparse-init connected: layer {name} lies on no path from input to output")
+            raise UsageError(f"`sparse_init` connected: layer {name} lies on no path from input to output")
         if positions.sum() < budgets[name]:  # some of its weights cannot be on a path
             scores[name] += positions
             possible[name] = torch.ones_like(positions)

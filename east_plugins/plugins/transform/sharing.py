@@ -66,19 +66,19 @@ def share(model: nn.Module, start: int = 2, optimizer: Optimizer | None = None) 
     are no equal blocks, `UsageError` for `start` below 1, a model that shares already, or one with DCT layers.
     """
     if start < 1:
-        raise UsageError(f"--east-share-from must be at least 1, got {start}")
+        raise UsageError(f"`start` must be at least 1, got {start}")
     modules = list(model.modules())
     if any(isinstance(module, _Borrower) for module in modules):
-        raise UsageError("the model shares weights (--east-share) already")
+        raise UsageError("the model shares weights (`east_share`) already")
     if any(is_dct(module) for module in modules):
         raise UsageError(
-            "--east-share cannot be used on DCT layers (--dctps): it is left out there to prevent conflicts with "
+            "`east_share` cannot be used on DCT layers (`dctps`): it is left out there to prevent conflicts with "
             "the DCT matrices (EAST paper, Sec. 4)"
         )
     pairs = _pairs(model, start)
     if not pairs:
         raise NothingMatchedError(
-            f"--east-share needs a stage with a block equal to its block {start} after it "
+            f"`east_share` needs a stage with a block equal to its block {start} after it "
             f"(the same convolutions, neighbours of one class); the model has none"
         )
     names = {module: name for name, module in model.named_modules()}

@@ -52,7 +52,7 @@ def convert(
     """
     engines.check(engine)
     if any(is_dct(module) for module in model.modules()):
-        raise UsageError("the model has DCT layers (--dctps) already")
+        raise UsageError("the model has DCT layers (`dctps`) already")
     patterns = [match] if isinstance(match, str) else list(match)
     found = {
         name: layer for name, layer in layers(model) if any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
@@ -66,10 +66,10 @@ def convert(
         if type(layer) in _DCT_CLASS and "weight" in layer._parameters and layer not in fused
     }
     if not found:
-        raise NothingMatchedError(f"--dctps: the model has no plain conv or linear layer named {' or '.join(patterns)}")
+        raise NothingMatchedError(f"`dctps`: the model has no plain conv or linear layer named {' or '.join(patterns)}")
     alphas = alpha if isinstance(alpha, Mapping) else dict.fromkeys(found, alpha)
     if unknown := alphas.keys() - found.keys():
-        raise UsageError(f"--dctps: alpha is given for {min(unknown)!r}, which is none of {', '.join(found)}")
+        raise UsageError(f"`dctps`: alpha is given for {min(unknown)!r}, which is none of {', '.join(found)}")
     if optimizer is not None:
         param_groups.join(optimizer, model, [])  # raises here, before anything is changed
 
@@ -89,7 +89,7 @@ def materialize(model: nn.Module) -> list[str]:
     """
     found = {name: module for name, module in model.named_modules() if type(module) in _PLAIN_CLASS}
     if not found:
-        raise NothingMatchedError("materialize: the model has no DCT layers (--dctps)")
+        raise NothingMatchedError("materialize: the model has no DCT layers (`dctps`)")
     for layer in found.values():
         with torch.no_grad():
             layer.weight.copy_(layer.effective_weight())
@@ -104,6 +104,6 @@ def _refuse_tied(model: nn.Module, found: Mapping[str, nn.Module]) -> None:
     for name, layer in found.items():
         if uses[id(layer.weight)] > 1:
             raise UsageError(
-                f"--dctps cannot be used on {name}, whose weight other layers share: weight sharing is left out with "
+                f"`dctps` cannot be used on {name}, whose weight other layers share: weight sharing is left out with "
                 f"DCT layers to prevent conflicts with the DCT matrices (EAST paper, Sec. 4)"
             )
