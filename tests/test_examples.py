@@ -30,7 +30,8 @@ def test_the_rule_is_found_from_the_command_line_and_its_option_is_a_flag(tmp_pa
 
 
 def test_the_three_tricks_in_a_loop_end_at_the_target_without_dyrelu(tmp_path):
-    lines = re.findall(r"step (\d+): (\d+) active weights, (\d+) parameters", python(EXAMPLES / "three_tricks.py", cwd=tmp_path))  # fmt: skip
+    text = python(EXAMPLES / "three_tricks.py", cwd=tmp_path)
+    lines = re.findall(r"step (\d+): (\d+) active weights, (\d+) parameters", text)
     active, parameters = ({int(line[0]): int(line[i]) for line in lines} for i in (1, 2))
     assert active[6] == pytest.approx(4 * active[40], abs=3) and active[24] == active[40]  # the peak, then the target
     assert parameters[6] > parameters[24] == parameters[40]
@@ -42,12 +43,17 @@ def test_a_mask_in_itops_manner_takes_cycles_and_dyrelu(tmp_path):
 
 
 def test_the_engine_computes_a_method_by_name(tmp_path):
-    assert re.fullmatch(r"\d+ active weights, the engine is sparse\n", python(EXAMPLES / "sparse_engine.py", cwd=tmp_path))
+    assert re.fullmatch(
+        r"\d+ active weights, the engine is sparse\n", python(EXAMPLES / "sparse_engine.py", cwd=tmp_path)
+    )
 
 
 def test_a_network_becomes_a_c_file(tmp_path):
     found = python(EXAMPLES / "export_to_c.py", tmp_path, cwd=tmp_path)
-    assert re.match(r"digits\.c: static memory \d+ bytes", found) and "void digits_run" in (tmp_path / "digits.c").read_text()
+    assert (
+        re.match(r"digits\.c: static memory \d+ bytes", found)
+        and "void digits_run" in (tmp_path / "digits.c").read_text()
+    )
 
 
 @NEEDS_COMPILER
