@@ -21,7 +21,9 @@ def main(argv: Sequence[str]) -> int:
         "analyze runs/a runs/comparison",
         "analyze runs/a --layers --images 512",
     )
-    parse.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="folder of a run or of a comparison")
+    parse.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="folder of a run or of a comparison, "
+                       "or a file of --east-state")  # fmt: skip
+    parse.add_argument("--network", metavar="MODULE:FUNCTION", help="makes the network of the files of --east-state")
     parse.add_argument("--data-dir", metavar="DIR", help="folder of the test images (default: each run's)")
     parse.add_argument("--images", type=int, default=256, metavar="N", help="test images to measure with, "
                        "drawn at random, the same for all runs (default: 256)")  # fmt: skip
@@ -32,7 +34,7 @@ def main(argv: Sequence[str]) -> int:
         raise UsageError(f"--images must be at least 2, got {args.images}")
     from ..measure.analysis import analyze
 
-    report = analyze(args.runs, args.images, args.data_dir)
+    report = analyze(args.runs, args.images, args.data_dir, args.network)
     print(json.dumps(report) if args.json else as_text(report, args.layers))
     return 0
 
@@ -44,7 +46,7 @@ def as_text(report: dict[str, Any], layers: bool = False) -> str:
         (
             *(_number(run[name], ".6f") for name in ("density", "effective_density", "itop_rate")),
             _number(run["gradient_flow"], ".3g"), _number(run["positive_preactivations"], ".1%"),
-            f"{run['epoch']}/{run['epochs']}", _number(run["validation_accuracy"], ".1%"),
+            f"{run['epoch']}/{run['epochs']}" if run["epochs"] else "", _number(run["validation_accuracy"], ".1%"),
             _number(run["test_accuracy"], ".1%"), run["run"],
         )
         for run in report["runs"]
@@ -60,8 +62,8 @@ def as_text(report: dict[str, Any], layers: bool = False) -> str:
                 layer["name"],
                 f"{layer['weights']:,}",
                 f"{layer['active']:,}",
-                f"{layer['on_path']:,}",
-                f"{layer['gradient_norm']:.3g}",
+                _number(layer["on_path"], ","),
+                _number(layer["gradient_norm"], ".3g"),
             )
             for layer in run["layers"]
         ]
@@ -70,7 +72,8 @@ def as_text(report: dict[str, Any], layers: bool = False) -> str:
             run["run"],
             text.table(("layer", "weights", "active", "on a path", "gradient norm"), cells, "<>>>>"),
         ]
-        lines.append("positive inputs of each ReLU: " + " ".join(f"{share:.0%}" for share in run["relus"]))
+        if run["relus"]:
+            lines.append("positive inputs of each ReLU: " + " ".join(f"{share:.0%}" for share in run["relus"]))
     return "\n".join(lines)
 
 

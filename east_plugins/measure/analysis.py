@@ -18,6 +18,7 @@ from ..ops.paths import on_path
 from ..options.config import Config
 from ..training import runs
 from ..training.images import Data, sample
+from ..upstream import state
 from .signals import gradient_norms, positive_preactivations
 from .similarity import jaccard
 from .verdict import verdict
@@ -35,24 +36,34 @@ class Network:
     masks: dict[str, Tensor] = dataclasses.field(default_factory=dict)
 
 
-def analyze(folders: Sequence[Path], images: int = 256, data_dir: str | None = None) -> dict[str, Any]:
+def analyze(
+    folders: Sequence[Path], images: int = 256, data_dir: str | None = None, network: str | None = None
+) -> dict[str, Any]:
     """One entry a run, and the similarity of every pair of masks of one network (None for others).
 
     A folder is that of a run, finished, running or interrupted, or of a comparison, which stands for all of its runs.
     Gradients are of the cross-entropy over `images` test images, drawn at random but the same for all runs, with batch
-    statistics; pre-activations are those in evaluation. Nothing is written. Raises `UsageError` for other folders.
+    statistics; pre-activations are those in evaluation. Nothing is written. A file of `run --east-state` is told by its
+    masks, and where `network`, a `module:function`, makes its network, by its paths; what data would tell is None.
+    Raises `UsageError` for other folders and files.
     """
     datasets: dict[tuple[Any, ...], Data] = {}
-    loaded, measured = [], []
+    loaded: list[dict[str, Tensor]] = []
+    measured = []
     for folder in run_folders(folders):
+        if folder.is_file():
+            entry, masks = _of_script(folder, network)
+            loaded.append(masks)
+            measured.append(entry)
+            continue
         options = dataclasses.replace(runs.read_config(folder), device="cpu")
         options = dataclasses.replace(options, data_dir=data_dir) if data_dir else options
         key = options.data, options.data_dir, options.image_size, options.limit, options.validation, options.seed
         if key not in datasets:
             datasets[key] = runs.load_data(options)
-        network = _load(folder, options, datasets[key])
-        loaded.append(network)
-        measured.append(_measure(network, *next(sample(datasets[key].test, images).batches(images))))
+        run = _load(folder, options, datasets[key])
+        loaded.append(run.masks)
+        measured.append(_measure(run, *next(sample(datasets[key].test, images).batches(images))))
     return {
         "images": images,
         "runs": measured,
@@ -115,6 +126,34 @@ def _measure(network: Network, x: Tensor, y: Tensor) -> dict[str, Any]:
     return {**entry, "verdict": verdict(entry, network.metrics, summary.get("classes"))}
 
 
+def _of_script(path: Path, network: str | None) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """The entry of a file of `--east-state`, and its masks."""
+    saved = state.read(path)
+    masks, live = saved.masks, saved.masks
+    size, known = sum(mask.numel() for mask in masks.values()), network is not None and saved.input_shape is not None
+    if network is not None and saved.input_shape is not None:
+        model = saved.network(state.build(network))
+        live, size = on_path(model, masks, saved.input_shape), theoretical_size(model)
+    layers: list[dict[str, Any]] = [
+        {
+            "name": name, "active": int(mask.sum()), "on_path": int(live[name].sum()) if known else None,
+            "weights": mask.numel(), "gradient_norm": None,
+        }
+        for name, mask in masks.items()
+    ]  # fmt: skip
+    nonzeros = sum(layer["active"] for layer in layers)
+    entry: dict[str, Any] = {
+        **dict.fromkeys(("epoch", "epochs", "validation_accuracy", "test_accuracy", "gradient_flow")),
+        "run": str(path), "method": saved.network_class, "finished": saved.finished, "steps": saved.steps,
+        "density": nonzeros / size, "nonzeros": nonzeros,
+        "effective_density": sum(layer["on_path"] for layer in layers) / size if known else None,
+        "itop_rate": sum(int(fired.sum()) for fired in saved.fired_masks.values()) / size,
+        "positive_preactivations": None, "layers": layers, "relus": [],
+    }  # fmt: skip
+    told = "name what makes the network with --network to see its paths"
+    return {**entry, "verdict": verdict(entry, []) if known else told}, masks
+
+
 def _signals(model: nn.Module, masks: dict[str, Tensor], x: Tensor, y: Tensor) -> dict[str, Any]:
     norms, shares = gradient_norms(model, masks, x, y), positive_preactivations(model, x)
     live, size = on_path(model, masks, x.shape[1:]), theoretical_size(model)
@@ -137,8 +176,8 @@ def _signals(model: nn.Module, masks: dict[str, Tensor], x: Tensor, y: Tensor) -
     }
 
 
-def _similarity(a: Network, b: Network) -> float | None:
+def _similarity(a: dict[str, Tensor], b: dict[str, Tensor]) -> float | None:
     try:
-        return jaccard(a.masks, b.masks) if a.masks and b.masks else None
+        return jaccard(a, b) if a and b else None
     except UsageError:
         return None

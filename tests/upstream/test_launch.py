@@ -1,6 +1,7 @@
 """`run`: a script in ITOP's manner, its hosts in the manner of all four published codebases, without one line of it
 edited."""
 
+import json
 import os
 import re
 import runpy
@@ -354,6 +355,27 @@ def test_export_takes_the_state_of_a_script(capsys, kind):
     assert "cannot be built: AttributeError" in capsys.readouterr().err
     assert command_line.main([*given, "--network", "east_test_module:network"]) == 0
     assert "14 active weights" in capsys.readouterr().out and Path(f"net.{kind}").stat().st_size
+
+
+def test_analyze_takes_states_of_scripts(capsys):
+    Path("east_test_module.py").write_text(
+        "from torch import nn\ndef network(): return nn.Sequential(nn.Linear(6, 16), nn.ReLU(), nn.Linear(16, 3))\n"
+    )
+    Path("s.py").write_text(OWN.format(host="from east_plugins import CosineDecay, Masking"))
+    for flag, file in (("--east-cyclic", "a.pt"), ("--east-dyrelu", "b.pt")):
+        assert run(capsys, flag, "--east-state", file, script="s.py")[0] == 0
+    saved = state.read("a.pt")
+    for network in ([], ["--network", "east_test_module:network"]):
+        assert command_line.main(["analyze", "a.pt", "b.pt", "--json", *network]) == 0
+        report = json.loads(capsys.readouterr().out)
+        first, second = report["runs"]
+        assert (first["nonzeros"], second["nonzeros"], first["density"]) == (14, 14, 14 / 144)
+        assert first["itop_rate"] == sum(int(mask.sum()) for mask in saved.fired_masks.values()) / 144
+        assert (first["effective_density"] is None) == (network == [])
+        assert report["jaccard"][0][0] == 1 > report["jaccard"][0][1]
+        assert command_line.main(["analyze", "a.pt", "--layers", *network]) == 0
+        shown = capsys.readouterr().out
+        assert "2.weight" in shown and ("--network" in shown) == (network == [])
 
 
 def test_an_unfinished_network_and_a_file_of_something_else_are_refused(capsys):
