@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import MutableMapping
+from collections.abc import Iterable, MutableMapping
 
 from torch import Tensor, nn
 
@@ -82,6 +82,11 @@ class Books:
     def remove_weight_partial_name(self, partial_name: str) -> None:
         """Stop masking every weight whose name contains `partial_name`."""
         for name in [name for name in self._records if partial_name in name]:
+            self.remove_weight(name)
+
+    def remove_param_names(self, names: Iterable[str]) -> None:
+        """Stop masking the weights of these names."""
+        for name in names:
             self.remove_weight(name)
 
     def remove_type(self, nn_type: type[nn.Module]) -> None:
