@@ -264,9 +264,7 @@ class Masking(Books):
         if self._in_step:
             return
         if optimizer is not self.optimizer:
-            if held := self._stepping.held_by(optimizer):
-                self._stepping.mask(held, optimizer)
-            return
+            return self._stepping.mask_after(optimizer)
         due = self._due_next
         self._track_momentum(skip_infinite=False)
         self.apply_mask()

@@ -53,7 +53,12 @@ def momentum_factor(optimizer: torch.optim.Optimizer) -> float:
     return group.get("momentum", 0.0) or group.get("betas", (0.9,))[0]
 
 
+def held_by(optimizer: torch.optim.Optimizer) -> set[int]:
+    """Identities of an optimizer's parameters."""
+    return {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+
+
 def holds(optimizer: torch.optim.Optimizer, weights: Iterable[Tensor]) -> bool:
     """Whether some of the weights are in an optimizer."""
-    held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+    held = held_by(optimizer)
     return any(id(weight) in held for weight in weights)

@@ -16,7 +16,6 @@ from . import topology
 from .binding import bound
 from .budgets import Allocation, blocks
 from .layers import MaskedWeight
-from .optimizer_state import state_tensors
 from .stepping import Stepping
 
 Spec = str | Callable
@@ -92,7 +91,7 @@ class Updates:
         for record, parts, active, dropped, n in zip(records, changes, before, gone, numbers, strict=True):
             record.count, record.dropped = sum(change.count for change in parts), int(n)
             record.fired |= record.mask
-            for tensor in (record.weight.detach(), *state_tensors(stepping.optimizer, record.weight)):
+            for tensor in (record.weight.detach(), *stepping.all_states(record.weight)):
                 active.drop(tensor, dropped)
             stepping.packed.move(record.weight, record.active)
         stepping.masked.follow({record.name: record.mask for record in records})
