@@ -26,10 +26,10 @@ SGD = dict(lr=0.05, momentum=0.9, weight_decay=1e-3)
 class Net(nn.Module):
     """Convolutions, a norm and a head."""
 
-    def __init__(self):
+    def __init__(self, norm=True):
         super().__init__()
         self.conv1 = nn.Conv2d(3, 12, 3, padding=1)
-        self.norm = nn.BatchNorm2d(12)
+        self.norm = nn.BatchNorm2d(12) if norm else nn.Identity()
         self.conv2 = nn.Conv2d(12, 12, 3, padding=1)
         self.fc = nn.Linear(12, 5)
 
@@ -44,13 +44,15 @@ def batch(step):
 
 
 def built(model=None):
-    torch.manual_seed(3)
-    return (model or Net)().double()
+    torch.manual_seed(3)  # Net's values are the same every time
+    return (Net() if model is None else model).double()
 
 
 def host_of(model, optimizer=None, density=0.2, growth_mode="gradient", add=None, **kwargs):
     optimizer = optimizer or torch.optim.SGD(model.parameters(), **SGD)
-    host = Masking(optimizer, growth_mode=growth_mode, death_rate=0.4, **{"update_frequency": EVERY, "seed": 0, **kwargs})
+    host = Masking(
+        optimizer, growth_mode=growth_mode, death_rate=0.4, **{"update_frequency": EVERY, "seed": 0, **kwargs}
+    )
     host.add_module(model, density=density, **(add or {}))
     return host
 
@@ -287,7 +289,8 @@ def framework_by_turns(host, model, step):
     "step_of", [framework_step, framework_closure, framework_scaler, framework_scheduled, framework_by_turns]
 )
 def test_a_framework_that_steps_the_optimizer_steps_the_host(step_of, growth, density):
-    models = [built(), built()]
+    models = [built(Net(norm=False)) for _ in range(2)]  # norms of constants make noise of gradients that are 0
+    models[1].load_state_dict(models[0].state_dict())
     hosts = [host_of(model, density=density, growth_mode=growth) for model in models]
     reference = Reference(models[0], hosts[0])
     first = clones(hosts[0].masks)
@@ -514,3 +517,535 @@ def test_what_is_excluded_is_left_dense(exclude, left):
 def test_an_exclude_that_matches_nothing_is_refused():
     with pytest.raises(UsageError, match="matches no module.*did you mean conv1"):
         host_of(built(), add={"exclude": "conv11"})
+
+
+# ---------------------------------------------------------------------- weights that are computed from others
+
+
+def with_new_spectral_norm(model):
+    parametrizations.spectral_norm(model.conv2)
+    return "conv2.parametrizations.weight.original"
+
+
+def with_old_spectral_norm(model):
+    torch.nn.utils.spectral_norm(model.fc)
+    return "fc.weight_orig"
+
+
+def with_two_spectral_norms(model):
+    parametrizations.spectral_norm(model.conv1, n_power_iterations=2)
+    return "conv1.parametrizations.weight.original"
+
+
+@pytest.mark.parametrize("apply", [with_new_spectral_norm, with_old_spectral_norm, with_two_spectral_norms])
+def test_spectral_norm_keeps_zeros_where_the_original_has_them(apply):
+    model = Net()
+    name = apply(model)
+    model = built(model)
+    host = host_of(model)
+    assert name in host.masks and len(host.masks) == 3
+    layer = model.get_submodule(name.split(".")[0])
+    reference = Reference(model, host)
+    for step in range(STEPS):
+        backward(model, step)
+        host.step()
+        reference.step(step)
+        check(host, model, round(0.2 * host.theoretical_size))
+        assert_same(model, reference.model)
+    model(batch(0)[0])
+    assert torch.equal(layer.weight != 0, model.get_parameter(name) != 0)
+
+
+def old_weight_norm(model):
+    torch.nn.utils.weight_norm(model.conv2)
+
+
+def new_weight_norm(model):
+    parametrizations.weight_norm(model.conv2)
+
+
+def orthogonal(model):
+    parametrizations.orthogonal(model.conv2)
+
+
+def pruned(model):
+    prune.l1_unstructured(model.conv2, "weight", amount=0.5)
+
+
+def of_a_script(model):
+    class Symmetric(nn.Module):
+        def forward(self, weight):
+            return weight + weight.transpose(0, 1)
+
+    nn.utils.parametrize.register_parametrization(model.conv2, "weight", Symmetric())
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+@pytest.mark.parametrize("apply", [old_weight_norm, new_weight_norm, orthogonal, pruned, of_a_script])
+def test_weights_computed_in_other_ways_are_refused_in_one_line_and_may_be_left_dense(apply):
+    model = Net()
+    apply(model)
+    model = built(model)
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(UsageError, match=r"layer conv2 \(.*exclude='conv2'") as error:
+        host_of(model)
+    assert "\n" not in str(error.value)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    host = host_of(model, add={"exclude": "conv2"})
+    assert set(host.masks) == {"conv1.weight", "fc.weight"}
+    for step in range(3):
+        backward(model, step)
+        host.step()
+    check(host, model)
+
+
+# ---------------------------------------------------------------------- recurrent layers, attention, embeddings
+
+
+class Sequences(nn.Module):
+    """Reads the images' rows as a sequence, with some layer in the middle."""
+
+    def __init__(self, layer, features):
+        super().__init__()
+        self.layer, self.head = layer, nn.Linear(features, 5)
+
+    def forward(self, x):
+        x = x.transpose(1, 2).flatten(2)  # [N, 6, 18]
+        if isinstance(self.layer, nn.MultiheadAttention):
+            x = self.layer(x, x, x)[0]
+        elif isinstance(self.layer, nn.RNNBase):
+            x = self.layer(x)[0]
+        elif isinstance(self.layer, nn.RNNCellBase):
+            state = None
+            for i in range(x.shape[1]):
+                state = self.layer(x[:, i], state)
+            x = (state[0] if isinstance(state, tuple) else state)[:, None]
+        elif isinstance(self.layer, nn.Bilinear):
+            x = self.layer(x, x.flip(1))
+        elif isinstance(self.layer, nn.Embedding):
+            x = self.layer((x * 10).long().clamp(-20, 19) + 20).mean(2)
+        else:
+            x = self.layer(x)
+        return self.head(x.mean(1))
+
+
+LAYERS = {  # the layer, its outputs, and in how many blocks each matrix that ITOP masks falls
+    "lstm": (
+        lambda: nn.LSTM(18, 8, 2, batch_first=True), 8,
+        {f"weight_{k}_l{i}": 4 for k in ("ih", "hh") for i in (0, 1)},
+    ),
+    "lstm with projection": (
+        lambda: nn.LSTM(18, 8, batch_first=True, proj_size=4, bidirectional=True), 8,
+        {f"weight_{k}_l0{r}": b for k, b in (("ih", 4), ("hh", 4), ("hr", 1)) for r in ("", "_reverse")},
+    ),
+    "gru": (lambda: nn.GRU(18, 8, batch_first=True), 8, {"weight_ih_l0": 3, "weight_hh_l0": 3}),
+    "rnn": (lambda: nn.RNN(18, 8, batch_first=True), 8, {"weight_ih_l0": 1, "weight_hh_l0": 1}),
+    "lstm cell": (lambda: nn.LSTMCell(18, 8), 8, {"weight_ih": 4, "weight_hh": 4}),
+    "gru cell": (lambda: nn.GRUCell(18, 8), 8, {"weight_ih": 3, "weight_hh": 3}),
+    "attention": (
+        lambda: nn.MultiheadAttention(18, 3, batch_first=True), 18, {"in_proj_weight": 3, "out_proj.weight": 1},
+    ),
+    "attention of other widths": (
+        lambda: nn.MultiheadAttention(18, 3, kdim=18, vdim=18, batch_first=True), 18,
+        {"in_proj_weight": 3, "out_proj.weight": 1},
+    ),
+    "bilinear": (lambda: nn.Bilinear(18, 18, 4), 4, {"weight": 1}),
+    "embedding": (lambda: nn.Embedding(40, 8), 8, {"weight": 1}),
+    "transformer": (
+        lambda: nn.TransformerEncoderLayer(18, 3, 24, dropout=0.0, batch_first=True), 18,
+        {"self_attn.in_proj_weight": 3, "self_attn.out_proj.weight": 1, "linear1.weight": 1, "linear2.weight": 1},
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("growth", ["gradient", "momentum", "momentum_neuron", "random_unfired"])
+@pytest.mark.parametrize("kind", LAYERS)
+def test_matrices_of_other_layers_are_masked_block_by_block(kind, growth):
+    make, features, blocks = LAYERS[kind]
+    torch.manual_seed(1)
+    model = Sequences(make(), features).double()
+    host = host_of(model, growth_mode=growth, density=0.2)
+    assert set(host.masks) == {"head.weight", *(f"layer.{name}" for name in blocks)}
+    size = sum(p.numel() for name, p in model.named_parameters() if p.dim() > 1)
+    assert host.theoretical_size == size
+    counts = {name: [int(part.sum()) for part in host.masks[f"layer.{name}"].chunk(n)] for name, n in blocks.items()}
+    assert all(count >= 1 for each in counts.values() for count in each)
+    assert all(max(each) - min(each) <= 1 for each in counts.values()), "gates are of one size"
+    reference = Reference(model, host)
+    first = clones(host.masks)
+    for step in range(STEPS):
+        backward(model, step)
+        host.step()
+        reference.step(step)
+        check(host, model, round(0.2 * size))
+        assert_same(model, reference.model)
+    after = {name: [int(part.sum()) for part in host.masks[f"layer.{name}"].chunk(n)] for name, n in blocks.items()}
+    assert after == counts
+    assert any(not torch.equal(first[name], mask) for name, mask in host.masks.items())
+
+
+def test_attention_with_weights_of_their_own_for_q_k_and_v():
+    model = nn.ModuleDict({"a": nn.MultiheadAttention(8, 2, kdim=6, vdim=4), "h": nn.Linear(8, 2)})
+    host = host_of(model)
+    assert set(host.masks) == {"a.q_proj_weight", "a.k_proj_weight", "a.v_proj_weight", "a.out_proj.weight", "h.weight"}
+
+
+def test_a_tied_embedding_is_masked_once():
+    model = nn.ModuleDict({"embedding": nn.Embedding(30, 8), "decoder": nn.Linear(8, 30, bias=False)})
+    model["decoder"].weight = model["embedding"].weight
+    host = host_of(model, density=0.2)
+    assert set(host.masks) == {"embedding.weight"} and host.theoretical_size == 480 and host.nonzeros == 96
+
+
+def test_connectivity_says_what_it_cannot_follow():
+    for more in (
+        {"sparse_init": "connected", "input_shape": (3, 6, 6)},
+        {"sparse_init": "SynFlow", "input_shape": (3, 6, 6)},
+    ):
+        model = Sequences(nn.LSTM(18, 8, batch_first=True), 8).double()
+        with pytest.raises(UsageError, match="weight_ih_l0.*ERK, ER, uniform"):
+            host_of(model, add=more)
+    model = Sequences(nn.LSTM(18, 8, batch_first=True), 8).double()
+    host_of(model, add={"sparse_init": "ERK", "exclude": "layer"})
+
+
+class OwnMatrix(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.matrix = nn.Parameter(torch.randn(10, 18))
+        self.head = nn.Linear(10, 5)
+
+
+@pytest.mark.parametrize(
+    "model, share",
+    [
+        (lambda: OwnMatrix(), "78.3 %"),
+        (lambda: nn.Sequential(nn.Embedding(10, 4, sparse=True), nn.Linear(4, 3)), "76.9 %"),
+        (lambda: nn.ModuleList([nn.Linear(3, 3), nn.ParameterList([torch.randn(9, 9)])]), "90.0 %"),
+    ],
+)
+def test_matrices_of_no_known_layer_are_told_of_once_with_their_share(model, share, caplog):
+    with caplog.at_level(logging.WARNING):
+        host_of(model(), density=0.5)
+    (record,) = caplog.records
+    assert share in record.getMessage() and "left dense" in record.getMessage()
+
+
+@pytest.mark.parametrize("name", ["vit_b_16", "swin_t"])
+def test_torchvision_transformers_have_all_their_matrices_masked(name, caplog):
+    with torch.device("meta"):
+        model = torchvision.models.get_model(name, num_classes=10)
+    from east_plugins.host.choice import choose
+
+    chosen, _ = choose(model)
+    matrices = {n: p for n, p in model.named_parameters() if p.dim() > 1}
+    size = sum(p.numel() for p in matrices.values())
+    assert sum(each.weight.numel() for each in chosen.values()) > 0.99 * size
+
+
+# ---------------------------------------------------------------------- readers of gradients
+
+
+def clip(of, norm):
+    def before(reference):
+        grads = {}
+        for name, p in reference.model.named_parameters():
+            mask = reference.masks.get(name) if of == "active" else None
+            grads[name] = p.grad if mask is None else p.grad * mask
+        total = torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(g, norm) for g in grads.values()]), norm)
+        for p in reference.model.parameters():
+            p.grad.mul_((0.05 / (total + 1e-6)).clamp(max=1.0))
+        reference.norm = total
+
+    return before
+
+
+@pytest.mark.parametrize("norm", [2.0, 1.0, float("inf")])
+@pytest.mark.parametrize("of", ["active", "all"])
+@pytest.mark.parametrize("density", [0.05, 0.4], ids=["packed", "dense"])
+def test_gradients_are_clipped_by_the_norm_that_is_asked_for(density, of, norm):
+    model = built()
+    host = host_of(model, density=density)
+    reference = Reference(model, host)
+    for step in range(STEPS):
+        backward(model, step)
+        found = host.clip_grad_norm_(0.05, of=of, norm_type=norm)
+        host.step()
+        reference.step(step, before=clip(of, norm))
+        assert abs(found - reference.norm) < 1e-9
+        assert_same(model, reference.model)
+
+
+def test_without_an_engine_gradients_are_the_dense_ones_until_the_step():
+    model = built()
+    host = host_of(model, density=0.05)
+    reference = Reference(model, host)
+    for step in range(STEPS):
+        backward(model, step)
+        backward(reference.model, step)
+        for ours, theirs in zip(model.parameters(), reference.model.parameters(), strict=True):
+            torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-9, atol=1e-12)
+        host.step()
+        reference.step(step)
+
+
+def test_another_kind_of_norm_is_refused():
+    host = host_of(built())
+    with pytest.raises(UsageError, match="of must be one of active, all"):
+        host.clip_grad_norm_(1.0, of="dense")
+
+
+# ---------------------------------------------------------------------- mixed precision
+
+
+def unscaled(host, scaler, model):
+    scaler.unscale_(host.optimizer)
+
+
+def unscaled_and_clipped(host, scaler, model):
+    scaler.unscale_(host.optimizer)
+    host.clip_grad_norm_(0.05, of="all")
+
+
+def clipped_by_torch(host, scaler, model):
+    scaler.unscale_(host.optimizer)
+    torch.nn.utils.clip_grad_norm_(model.parameters(), 0.05)
+
+
+@pytest.mark.parametrize("between", [unscaled, unscaled_and_clipped, clipped_by_torch, lambda *_: None])
+def test_gradients_may_be_unscaled_before_the_step(between):
+    model = built()
+    host = host_of(model)
+    reference = Reference(model, host)
+    scaler = torch.amp.GradScaler("cpu", init_scale=64.0)
+    clips = clip("all", 2.0) if between in (unscaled_and_clipped, clipped_by_torch) else None
+    for step in range(STEPS):
+        backward(model, step, lambda m, x, y: scaler.scale(F.cross_entropy(m(x), y)))
+        between(host, scaler, model)
+        host.step(scaler=scaler)
+        scaler.update()
+        reference.step(step, before=clips)
+        check(host, model)
+        assert_same(model, reference.model)
+
+
+# ---------------------------------------------------------------------- optimizers and states of other kinds
+
+
+class Lars(torch.optim.SGD):
+    """Like LARS: the learning rate follows norms of whole tensors."""
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        for group in self.param_groups:
+            for p in group["params"]:
+                if p.grad is not None:
+                    p.grad.mul_(p.norm() / (p.grad.norm() + 1e-3 * p.norm() + 1e-9))
+        return super().step(closure)
+
+
+class Centred(torch.optim.AdamW):
+    """Gradient centralisation."""
+
+    def step(self, closure=None):
+        for group in self.param_groups:
+            for p in group["params"]:
+                if p.grad is not None and p.dim() > 1:
+                    p.grad.sub_(p.grad.mean(tuple(range(1, p.dim())), keepdim=True))
+        return super().step(closure)
+
+
+class Noisy(torch.optim.SGD):
+    """Writes where gradients are zero too."""
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        loss = super().step(closure)
+        for group in self.param_groups:
+            for p in group["params"]:
+                p.add_(torch.linspace(0, 1e-3, p.numel(), dtype=p.dtype).view_as(p))
+        return loss
+
+
+@pytest.mark.parametrize("density", [0.05, 0.4], ids=["packed", "dense"])
+@pytest.mark.parametrize("cls, options", [(Lars, SGD), (Centred, {"lr": 0.01}), (Noisy, SGD)])
+def test_unknown_subclasses_are_stepped_as_they_are_and_masked(cls, options, density):
+    """On masked gradients: what such an optimizer computes of the whole tensor is that of the sparse one."""
+    model = built()
+    host = host_of(model, cls(model.parameters(), **options), density)
+    reference = Reference(model, host, lambda p: cls(p, **options))
+
+    def masked(reference):
+        for name, mask in reference.masks.items():
+            reference.model.get_parameter(name).grad.mul_(mask)
+
+    for step in range(STEPS):
+        backward(model, step)
+        host.step()
+        reference.step(step, before=masked)
+        check(host, model)
+        assert_same(model, reference.model)
+
+
+@pytest.mark.parametrize("density", [0.05, 0.4], ids=["packed", "dense"])
+@pytest.mark.parametrize("make", [
+    lambda p: torch.optim.AdamW(p, lr=torch.tensor(0.01)),
+    lambda p: torch.optim.Adam(p, lr=torch.tensor(0.01), amsgrad=True),
+    lambda p: torch.optim.SGD(p, lr=torch.tensor(0.05), momentum=0.9),
+])  # fmt: skip
+def test_learning_rates_may_be_tensors(make, density):
+    model = built()
+    host = host_of(model, make(model.parameters()), density)
+    reference = Reference(model, host, make)
+    for step in range(STEPS):
+        backward(model, step)
+        host.step()
+        reference.step(step)
+        assert_same(model, reference.model)
+
+
+def pickled(model, host):
+    return pickle.loads(pickle.dumps((model, host)))
+
+
+def copied(model, host):
+    return copy.deepcopy((model, host))
+
+
+def pickled_with_its_model_inside(model, host):
+    other = pickle.loads(pickle.dumps(host))
+    return other.modules[0], other
+
+
+@pytest.mark.parametrize("again", [pickled, copied, pickled_with_its_model_inside])
+@pytest.mark.parametrize("density", [0.05, 0.4], ids=["packed", "dense"])
+def test_a_host_is_pickled_and_copied(density, again):
+    model = built()
+    host = host_of(model, density=density, growth_mode="momentum")
+    for step in range(STEPS):
+        if step == 9:
+            other, twin = again(model, host)
+            assert twin.masks is not host.masks and twin.optimizer is not host.optimizer
+        if step >= 9:
+            backward(other, step)
+            twin.step()
+            check(twin, other)
+        backward(model, step)
+        host.step()
+    assert_same(model, other, 0)
+    assert all(torch.equal(mask, twin.masks[name]) for name, mask in host.masks.items())
+
+
+@pytest.mark.parametrize("missing", ["put_off", "drawn", "decay", "momentum", "generator", "fired_masks", "death_rate"])
+def test_older_states_without_newer_keys_are_taken(missing):
+    model = built()
+    host = host_of(model)
+    for step in range(9):
+        backward(model, step)
+        host.step()
+    state = copy.deepcopy(host.state_dict())
+    del state[missing]
+    other = host_of(built())
+    other.load_state_dict({**state, "of_a_later_version": 1})
+    assert other.steps == 9 and all(torch.equal(mask, host.masks[name]) for name, mask in other.masks.items())
+
+
+@pytest.mark.parametrize("state", [{}, {"masks": {}}, {"steps": 3}])
+def test_what_is_no_state_of_a_host_is_refused(state):
+    with pytest.raises(UsageError, match="no host's state"):
+        host_of(built()).load_state_dict(state)
+
+
+def test_numbers_may_be_text_as_yaml_makes_them():
+    model = built()
+    host = host_of(model, density="2e-1", update_frequency="7")
+    texts = Masking(torch.optim.SGD(built().parameters(), 0.1), death_rate="4e-1")
+    assert host.nonzeros == round(0.2 * host.theoretical_size) and host.prune_every_k_steps == 7
+    assert texts.death_rate == 0.4
+
+
+@pytest.mark.parametrize(
+    "kwargs, words",
+    [
+        ({"density": "dense"}, "density must be a number"),
+        ({"update_frequency": "7.5"}, "update_frequency must be a whole number"),
+        ({"update_frequency": "often"}, "update_frequency must be a number"),
+    ],
+)
+def test_text_that_is_no_number_is_refused(kwargs, words):
+    with pytest.raises(UsageError, match=words):
+        host_of(built(), **kwargs)
+
+
+# ---------------------------------------------------------------------- starts and names of ITOP
+
+
+@pytest.mark.parametrize("name", ["lottery_ticket", "magnitude"])
+def test_the_largest_weights_over_all_layers_are_a_start(name):
+    model = built()
+    before = copy.deepcopy(model.state_dict())
+    host = host_of(model, add={"sparse_init": name})
+    check(host, model, round(0.2 * host.theoretical_size))
+    sizes = torch.cat([before[name].abs().flatten() for name in host.masks])
+    kept = torch.cat([mask.flatten() for mask in host.masks.values()])
+    assert sizes[kept].min() >= sizes[~kept].max()
+    assert all(torch.equal(host.weights[n][m], before[n][m]) for n, m in host.masks.items())
+    counts = dict(host.name2nonzeros)
+    for step in range(STEPS):
+        backward(model, step)
+        host.step()
+    assert host.name2nonzeros == counts
+
+
+def pruned_checkpoint():
+    """What torch.nn.utils.prune leaves when it is removed."""
+    model = built()
+    layers = [(layer, "weight") for layer in (model.conv1, model.conv2, model.fc)]
+    prune.global_unstructured(layers, prune.L1Unstructured, amount=0.8)
+    for layer, name in layers:
+        prune.remove(layer, name)
+    return model
+
+
+def test_a_pruned_checkpoint_is_a_start():
+    model = pruned_checkpoint()
+    before = copy.deepcopy(model.state_dict())
+    host = host_of(model, add={"sparse_init": "resume"})
+    assert all(torch.equal(mask, before[name] != 0) for name, mask in host.masks.items())
+    assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
+    for step in range(STEPS):
+        backward(model, step)
+        host.step()
+        check(host, model, round(0.2 * host.theoretical_size))
+
+
+def test_a_checkpoint_of_another_density_is_refused_with_its_own():
+    with pytest.raises(UsageError, match=r"nonzero.*give density=0\.2") as error:
+        host_of(pruned_checkpoint(), density=0.1, add={"sparse_init": "resume"})
+    given = float(str(error.value).split("density=")[1])
+    host_of(pruned_checkpoint(), density=given, add={"sparse_init": "resume"})
+
+
+def test_names_of_itop_that_prune_epoch_by_epoch_say_what_to_use():
+    with pytest.raises(UsageError, match="schedule=Gradual"):
+        host_of(built(), add={"sparse_init": "GMP"})
+    model = built()
+    host = host_of(model, schedule=Gradual(0.2, initial=1.0, stop=9, frequency=3, end=20))
+    with pytest.raises(UsageError, match="schedule=Gradual"):
+        host.truncate_weights_GMP(1)
+    for step in range(10):
+        backward(model, step)
+        host.step()
+    check(host, model, round(0.2 * host.theoretical_size))
+
+
+def test_itop_names_for_updates_and_removal():
+    model = built()
+    host = host_of(model, update_frequency=None, growth_mode="random")
+    first = clones(host.masks)
+    backward(model, 0)
+    host.step()
+    host.at_end_of_epoch()
+    assert any(not torch.equal(first[name], mask) for name, mask in host.masks.items())
+    host.remove_param_names(["fc.weight", "conv1"])
+    assert list(host.masks) == ["conv2.weight"]
