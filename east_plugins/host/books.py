@@ -28,6 +28,7 @@ class Books:
         self.modules: list[nn.Module] = []
         self.theoretical_size = 0
         self._records: dict[str, MaskedWeight] = {}
+        self._frozen: dict[str, nn.Parameter] = {}
 
     @property
     def masks(self) -> MutableMapping[str, Tensor]:
@@ -112,6 +113,12 @@ class Books:
         """Log every layer's active weights (level INFO of this module's logger)."""
         for name, record in self._records.items():
             logger.info("%s: %d active, density %.6f", name, record.count, record.count / record.mask.numel())
+
+    def _tell_unfrozen(self) -> None:
+        """Say once which weights that were frozen when masks were made are trained by now."""
+        if trained := [name for name, weight in self._frozen.items() if weight.requires_grad]:
+            logger.warning("weights that were frozen when masks were made are trained now, and stay dense: %s", trained)
+            self._frozen = {}
 
     def _full(self, name: str) -> str:
         full = name if name in self._records else f"{name}.weight"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import functools
 import logging
 from collections.abc import Callable, Iterable, Sequence
@@ -15,7 +14,6 @@ from torch import Tensor, nn
 from ..errors import UsageError
 from ..ops import distributed
 from ..ops.maskable import modules_of, unwrap
-from ..plugins.density import Constant
 from .books import Books
 from .budgets import Allocation
 from .choice import Exclude
@@ -23,8 +21,9 @@ from .gradients import accumulate, all_finite
 from .layers import Column, MaskedWeight
 from .norms import gradient_norm
 from .optimizer_state import holds, momentum_factor, state_names
+from .pace import Pace
 from .packed import PackedState
-from .scaling import number, steps_between, unscale
+from .scaling import unscale
 from .start import Start
 from .stepping import Stepping
 from .updating import RuleSet, Updates
@@ -34,7 +33,7 @@ from .watch import Stepped, attend
 logger = logging.getLogger(__name__)
 
 
-class Masking(Books):
+class Masking(Books, Pace):
     """Sparse training host with ITOP's call surface: exact counts, any device, any registered rule.
 
         mask = Masking(optimizer, death_rate=0.5, death_mode="magnitude", growth_mode="gradient",
@@ -84,25 +83,17 @@ class Masking(Books):
         seed: int | None = None,
         plugins: Sequence[Callable[[Masking], None]] = (),
     ):
-        super().__init__()
+        frequency = None if getattr(args, "fix", False) else getattr(args, "update_frequency", update_frequency)
+        Books.__init__(self)
+        Pace.__init__(self, schedule, frequency, death_rate, death_rate_decay)
         if growth_death_ratio != 1.0:
             raise UsageError(f"growth_death_ratio must be 1 (counts are exact), got {growth_death_ratio}")
-        death_rate = number("death_rate", death_rate)
-        if not 0 <= death_rate <= 1:
-            raise UsageError(f"--death-rate must be in [0, 1], got {death_rate}")
         state_names(optimizer)  # raises for an optimizer whose state is unknown
-        self.prune_rate, self.death_rate_decay = death_rate, death_rate_decay
         self.threshold, self.args = threshold, args
         self.keep_connected = keep_connected
         self.plugins = list(plugins)
         self.engine: Any = None  #: the sparse engine, where one is attached
         self.reads_dense_gradients = False  #: whether the script reads inactive weights' gradients at every step
-        self.steps = 0
-        self._put_off = False  # an update, from a step that a scaler skipped
-        self.schedule = schedule
-        self._frequency = steps_between(getattr(args, "update_frequency", update_frequency))
-        if getattr(args, "fix", False):
-            self._frequency = None
         self._asked = growth_mode, death_mode, redistribution_mode, prune_scope
         self._bind_rules()
 
@@ -116,7 +107,6 @@ class Masking(Books):
         self.density, self.sparse_init = 0.0, ""
         self.input_shape: tuple[int, ...] | None = None
         self._built: Updates | None = None
-        self._frozen: dict[str, nn.Parameter] = {}
 
     def _bind_rules(self) -> None:
         self._rules = RuleSet(*self._asked, host=self)
@@ -186,10 +176,6 @@ class Masking(Books):
         reads it."""
         return self.reads_dense_gradients or ("grad" in self.needs and self._due_next)
 
-    @property
-    def _due_next(self) -> bool:
-        return self._put_off or self.schedule.due(self.steps + 1)
-
     def target_nonzeros(self, step: int) -> int:
         """Active weights that the schedule asks for at `step`: exactly `density(step) / target` times the count
         at the target, within what the (possibly shared) tensors can hold and one weight a layer."""
@@ -237,8 +223,7 @@ class Masking(Books):
 
     def _finish(self, due: bool, by: str) -> None:
         """All that follows the optimizer's step."""
-        self.steps += 1
-        self._decay_rate()
+        self._count_step()
         if due:
             self._put_off = False
             with self._stepping.dense_gradients():
@@ -298,9 +283,9 @@ class Masking(Books):
         `UsageError` where the gradients were masked by a step already.
         """
         total = self.target_nonzeros(self.steps)
-        self._check_dense_gradients()
-        rate = self.prune_rate if getattr(self.schedule, "replaces", True) else 0.0
-        self._updates.update(self._rules, total, rate, self._stepping)
+        if "grad" in self.needs:
+            self._stepping.check_dense(self.engine)
+        self._updates.update(self._rules, total, self._rate_now, self._stepping)
 
     def gradient_norm(self, of: str = "active", norm_type: float = 2.0) -> Tensor:
         """Norm of all gradients of the model as one vector: `of` the "active" weights (and what is not masked), or of
@@ -384,32 +369,8 @@ class Masking(Books):
     # ------------------------------------------------------------------ ITOP's and sparse_learning's names
 
     @property
-    def death_rate(self) -> float:
-        """The prune rate."""
-        return self.prune_rate
-
-    @death_rate.setter
-    def death_rate(self, rate: float) -> None:
-        self.prune_rate = rate
-
-    @property
     def name2prune_rate(self) -> dict[str, float]:
         return dict.fromkeys(self._records, self.prune_rate)
-
-    @property
-    def prune_every_k_steps(self) -> int | None:
-        """Steps between topology updates; None where there are none. Can be set at any time, as in ITOP; cycles and
-        the end of gradual pruning keep the updates that their densities need."""
-        return self._frequency if self.schedule is None else getattr(self.schedule, "frequency", None)
-
-    @prune_every_k_steps.setter
-    def prune_every_k_steps(self, steps: int | None) -> None:
-        if self.schedule is None:
-            self._frequency = Constant(1.0, steps_between(steps)).frequency  # checked there
-        elif "frequency" in getattr(self.schedule, "__dataclass_fields__", ()):
-            self.schedule = dataclasses.replace(self.schedule, frequency=steps_between(steps))
-        else:
-            raise UsageError(f"prune_every_k_steps: a {type(self.schedule).__name__} schedule has its own update steps")
 
     def at_end_of_epoch(self) -> None:
         """sparse_learning's update once an epoch, for `prune_every_k_steps = None`."""
@@ -446,24 +407,3 @@ class Masking(Books):
         if self._built is None:
             raise UsageError("call add_module(model, density=...) first")
         return self._built
-
-    def _check_dense_gradients(self) -> None:
-        for name in self._records if "grad" in self.needs else ():
-            if self._stepping.masked_already(name) or (self.engine and self.engine.holds_gradient(name)):
-                raise UsageError(
-                    f"truncate_weights: the gradient of {name} was masked by step() already; "
-                    "call it after backward() and before step(), or use update_frequency"
-                )
-
-    def _tell_unfrozen(self) -> None:
-        if trained := [name for name, weight in self._frozen.items() if weight.requires_grad]:
-            logger.warning("weights are trained now that were frozen when masks were made, and stay dense: %s", trained)
-            self._frozen = {}
-
-    def _decay_rate(self) -> None:
-        decay = self.death_rate_decay
-        if hasattr(decay, "get_dr"):
-            decay.step()
-            self.prune_rate = decay.get_dr()
-        elif decay is not None:
-            self.prune_rate = decay(self.steps)

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..errors import UsageError
 from ..ops.active import Active
 from .gradients import MaskedGradients
 from .layers import MaskedWeight
@@ -116,9 +117,14 @@ class Stepping:
         grads = {name: self.records[name].weight.grad for name in (self.records if names is None else names)}
         return {name: grad for name, grad in grads.items() if grad is not None}
 
-    def masked_already(self, name: str) -> bool:
-        """Whether the gradient of a weight, as it is, was masked by a step."""
-        return self.masked.has_masked(name, self.records[name].weight.grad)
+    def check_dense(self, engine: Any) -> None:
+        """Raise `UsageError` where gradients, as they are, are those of active weights alone."""
+        for name, record in self.records.items():
+            if self.masked.has_masked(name, record.weight.grad) or (engine and engine.holds_gradient(name)):
+                raise UsageError(
+                    f"truncate_weights: the gradient of {name} was masked by step() already; "
+                    "call it after backward() and before step(), or use update_frequency"
+                )
 
     def mask_what_others_wrote(self) -> None:
         """Mask weights and state that somebody else wrote to, or whose masks were."""
