@@ -20,6 +20,7 @@ from torch.utils._pytree import tree_leaves
 
 from .marks import Marked
 from .maskable import theoretical_size
+from .modes import backward as backpropagate
 from .modes import training_mode
 from .substitute import substituted
 
@@ -130,7 +131,7 @@ def run_with(
         outputs = [output for output in tree_leaves(model(x)) if isinstance(output, Tensor)]
         if backward:
             total = sum((output.sum() for output in outputs), x.new_zeros(()))
-            torch.autograd.backward(total)  # Tensor.backward would leave the mode
+            backpropagate(total, torch.ones_like(total))
     return outputs
 
 

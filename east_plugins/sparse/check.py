@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
+from ..ops.modes import backward
 from ..ops.paths import identity
 from ..ops.substitute import substituted
 from .layers import Sink
@@ -117,7 +118,7 @@ class Check:
             outputs = torch.cat([torch.view_as_real(t).flatten() if t.is_complex() else t.flatten() for t in found])
             if gradients and outputs.requires_grad:
                 drawn = torch.randn(outputs.shape, generator=generator)
-                torch.autograd.backward(outputs, drawn.to(outputs))  # Tensor.backward would leave the mode
+                backward(outputs, drawn.to(outputs))
         grads = {}
         for key, leaf in leaves.items():
             dense = sinks[key].dense if key in sinks and gradients == "dense" else None
