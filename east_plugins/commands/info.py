@@ -10,8 +10,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from ..ops import text
-from ..options import config, flags
-from ..plugins import registry
+from ..options import sources
 from .parsing import parser
 
 DEFAULTS = {"method": "rigl", "data": "cifar10"}  # where train has others
@@ -23,12 +22,13 @@ def main(argv: Sequence[str]) -> int:
         "What a network costs; no training.",
         "info --model resnet34 --classes 100 --density 0.0005 --east-share",
         "info --model resnet50 --dctps --density 0.0001 --latency",
+        late=sources.late,
     )
     parse.add_argument("--classes", type=int, metavar="N", help="outputs of the network (default: of --data, or 10)")
     parse.add_argument("--channels", type=int, metavar="N", help="channels of an image (default: of --data, or 3)")
     parse.add_argument("--latency", action="store_true", help="with --dctps: time inference beside plain layers")
     parse.add_argument("--json", action="store_true", help="one JSON object in place of the table")
-    config.add_flags(parse)
+    sources.add_flags(parse)
     for action in parse._actions:  # argparse offers no other way to what it was given
         if action.dest in DEFAULTS and action.help:
             action.help = re.sub(r"\(default: .*\)$", f"(default: {DEFAULTS[action.dest]})", action.help)
@@ -41,7 +41,7 @@ def main(argv: Sequence[str]) -> int:
     if given.get("model") == "help":
         print("\n".join([*models.names(), "torchvision:<name>"]))
         return 0
-    options = config.from_flags(given, **DEFAULTS)
+    options = sources.from_flags(given, **DEFAULTS)
     own_channels, size = images.known_shape(options.data) or (3, 32)
     channels = own_channels if channels is None else channels
     classes = (known.count(options.data, options.data_dir) or 10) if classes is None else classes
@@ -79,13 +79,3 @@ def as_text(report: dict[str, Any]) -> str:
 
         blocks.append(timing.as_text(report["latency"]))
     return "\n\n".join(blocks)
-
-
-def plugins(argv: Sequence[str]) -> int:
-    """The command `plugins`: everything registered, with a line of help and where it comes from."""
-    flags.Parser(prog="east_plugins plugins", description="What is registered, by kind.").parse_args(argv)
-    for kind in registry.ALL:
-        print(f"{kind.kind}:")
-        for entry in kind.entries():
-            print(f"  {entry.name:<18} {entry.help}  [{entry.source}]")
-    return 0

@@ -16,12 +16,13 @@ def program() -> str:
     return name if name == "east" else "python -m east_plugins"
 
 
-def parser(command: str, description: str, *examples: str) -> flags.Parser:
-    """The parser of `command`; `examples` are what may follow the program's name."""
+def parser(command: str, description: str, *examples: str, late: flags.Late | None = None) -> flags.Parser:
+    """The parser of `command`; `examples` are what may follow the program's name, `late` is as in `flags.Parser`."""
     lines = "\n".join(f"  {program()} {example}" for example in examples)
     return flags.Parser(
         prog=f"{program()} {command}",
         description=textwrap.fill(description, 100),
         epilog=f"examples:\n{lines}" if examples else None,
         formatter_class=argparse.RawDescriptionHelpFormatter,
+        late=late,
     )

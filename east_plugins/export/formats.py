@@ -63,12 +63,14 @@ def load_sparse(path: str | Path, model: nn.Module | None = None) -> tuple[nn.Mo
     """
     state, masks, network = read_safetensors(path)
     if model is None:
-        from ..options import config
+        from ..options import sources
         from ..training import runs
 
         if "config" not in network:
             raise UsageError(f"{path} does not say which network it is of: pass the model to load_sparse")
-        options = config.from_flags({key.replace("-", "_"): value for key, value in network["config"].items()})
+        options = sources.from_flags(
+            {key.replace("-", "_"): value for key, value in network["config"].items()}
+        ).resolve(1)
         model = runs.build_model(options, network["classes"], tuple(network["input_shape"]))
     try:
         model.load_state_dict(state)

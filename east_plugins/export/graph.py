@@ -18,7 +18,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from ..errors import UsageError
-from ..plugins.transform.dct import materialize
+from ..plugins.activation.phased import OFF, PhasedActivation
+from ..plugins.transform.dct import DCTLayer, materialize
 
 SUPPORTED = (
     "1d and 2d convolution, linear, batch norm, ReLU, max and average pooling, addition, arithmetic with constants, "
@@ -77,14 +78,14 @@ def masked_copy(model: nn.Module, masks: Mapping[str, Tensor]) -> nn.Module:
 
     Raises `UsageError` where activations are still being phased out.
     """
-    if any(getattr(module, "phase", "off") != "off" for module in model.modules()):
+    if any(isinstance(module, PhasedActivation) and module.phase != OFF for module in model.modules()):
         raise UsageError("export needs a network whose activations are phased out: train past --east-dyrelu-end")
     model = copy.deepcopy(model).cpu().float().eval()
     parameters = dict(model.named_parameters(remove_duplicate=False))
     with torch.no_grad():
         for name, mask in masks.items():
             parameters[name].masked_fill_(~mask.cpu(), 0)
-    if any(getattr(module, "east_dct", False) for module in model.modules()):
+    if any(isinstance(module, DCTLayer) for module in model.modules()):
         materialize(model)
     return model
 

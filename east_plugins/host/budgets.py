@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -11,14 +12,43 @@ from ..errors import UsageError
 from ..ops.counts import apportion
 from ..plugins import registry
 from ..plugins.allocation.layerwise import budgets, random_mask
+from .layers import block_names
+
+
+class _Matrix(Protocol):
+    """A weight that is masked, or chosen to be."""
+
+    weight: nn.Parameter
+    blocks: int
+
+
+def blocks(weights: Mapping[str, _Matrix]) -> dict[str, Tensor]:
+    """Every matrix that has a budget of its own, by its name."""
+    found: dict[str, Tensor] = {}
+    for name, each in weights.items():
+        found.update(zip(block_names(name, each.blocks), each.weight.detach().chunk(each.blocks), strict=True))
+    return found
+
+
+def draw(
+    allocation: Allocation,
+    model: nn.Module,
+    weights: Mapping[str, _Matrix],
+    total: int,
+    input_shape: Sequence[int] | None,
+    generator: torch.Generator,
+) -> dict[str, Tensor]:
+    """Boolean masks of the weights, `total` active ones over all; raises as `Allocation.draw`."""
+    drawn = allocation.draw(model, blocks(weights), total, input_shape, generator)
+    return {name: torch.cat([drawn[key] for key in block_names(name, each.blocks)]) for name, each in weights.items()}
 
 
 class Allocation:
     """A registered allocation, for one model."""
 
-    def __init__(self, name: str):
-        self.name = name
-        self.meta = registry.allocation.entry(name).meta
+    def __init__(self, name: str, options: Mapping[str, Any] | None = None):
+        entry = registry.allocation.entry(name)
+        self.name, self.meta, self.rule = name, entry.meta, entry.bound(options)
         self.drawn: dict[str, int] | None = None  #: active weights that scores gave the layers at first, if they did
         self._budgets: tuple[tuple, dict[str, int]] | None = None
 
@@ -35,12 +65,17 @@ class Allocation:
         counts = self.budgets(weights, total)
         if not self.meta.get("draws"):
             return {name: random_mask(weight.shape, counts[name], generator) for name, weight in weights.items()}
-        if input_shape is None:
-            raise UsageError(f"--sparse-init {self.name} needs add_module(..., input_shape=(channels, height, width))")
-        masks = registry.allocation.get(self.name)(model, counts, input_shape, generator)
+        if input_shape is None and self.follows:
+            raise UsageError(f"`sparse_init` {self.name} needs add_module(..., input_shape=(channels, height, width))")
+        masks = self.rule(model, counts, input_shape, generator)
         if self.meta.get("keeps_counts"):  # the scores, not the allocation, gave the layers their shares
             self.take({name: int(mask.sum()) for name, mask in masks.items()})
         return masks
+
+    @property
+    def follows(self) -> bool:
+        """Whether masks are drawn along the network."""
+        return bool(self.meta.get("draws")) and self.meta.get("needs_input", True)
 
     def take(self, drawn: dict[str, int] | None) -> None:
         """Give every layer its share of these counts from here on."""
@@ -56,5 +91,5 @@ class Allocation:
         if self.drawn is not None:
             sizes = [weight.numel() for weight in weights.values()]
             return dict(zip(weights, apportion([self.drawn[name] for name in weights], total, 1, sizes), strict=True))
-        base = self.meta.get("budgets", "ERK") if self.meta.get("draws") else self.name
-        return budgets(base, {name: weight.shape for name, weight in weights.items()}, total)
+        share = registry.allocation.bound(self.meta.get("budgets", "ERK")) if self.meta.get("draws") else self.rule
+        return budgets(share, {name: weight.shape for name, weight in weights.items()}, total)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from ..errors import UsageError
 from ..ops.maskable import layers, maskable, theoretical_size
 from ..ops.modes import training_mode
-from ..plugins.transform.dct import macs
+from ..plugins.transform.dct import is_dct, macs
 
 MIB = 2**20
 
@@ -74,7 +74,7 @@ def costs(model: nn.Module, input_shape: tuple[int, ...], nonzeros: Mapping[str,
         assert isinstance(weight, Tensor)
         dense += uses[layer] * weight.numel()
         sparse += uses[layer] * active[names[id(weight)]]
-        if hasattr(layer, "dct"):
+        if is_dct(layer):
             fixed += weight.numel() * weight.element_size()
             sparse += uses[layer] * macs(tuple(weight.shape), getattr(layer, "groups", 1))
     trainable = [p for p in model.parameters() if p.requires_grad]

@@ -9,15 +9,15 @@ from typing import Any
 import torch
 
 from ..errors import UsageError
+from ..host import presets
 from ..host.masking import Masking
 from ..ops.paths import effective_density
 from ..options.config import Config
-from ..plugins import activation as activations
-from ..plugins.activation.phased import attach
-from ..plugins.density import Constant
 from ..training import runs
 from . import timing
 from .costs import costs
+
+STEPS_PER_EPOCH = 352  #: Table B.1's
 
 
 def describe(options: Config, classes: int, channels: int) -> dict[str, Any]:
@@ -28,17 +28,13 @@ def describe(options: Config, classes: int, channels: int) -> dict[str, Any]:
     """
     if classes < 1 or channels < 1:
         raise UsageError(f"--classes and --channels must be at least 1, got {classes} and {channels}")
-    options = options.resolve(steps_per_epoch=352)
+    resolved = options.resolve(steps_per_epoch=STEPS_PER_EPOCH)
     shape = _shape(options, channels)
-    model = runs.build_model(options, classes, shape)
-    assert options.density is not None and options.sparse_init is not None
-    host = Masking(
-        torch.optim.SGD(model.parameters()), growth_mode="random", schedule=Constant(options.density), seed=options.seed
-    )
-    host.add_module(model, options.density, options.sparse_init, input_shape=shape)
-    if options.east.dyrelu:
-        factory = activations.factory(options.east.dyrelu_type, reduction=options.east.dyrelu_reduction)
-        attach(model, factory, shape)
+    model = runs.build_model(resolved, classes, shape)
+    if resolved.east.dyrelu:
+        presets.activations(resolved, model, shape)
+    optimizer = torch.optim.SGD(model.parameters())
+    host = presets.hosted(Masking, resolved, model, optimizer, shape)
     report = dataclasses.asdict(costs(model, shape, host.name2nonzeros))
     report["effective_density"] = effective_density(model, host.masks, shape)
     report["density"] = report["nonzeros"] / report["maskable"]
@@ -54,11 +50,12 @@ def latency(options: Config, classes: int, channels: int, repeats: int = 15) -> 
         raise UsageError("--latency needs --dctps, whose layers it times beside plain ones")
     if options.threads:
         torch.set_num_threads(options.threads)
+    resolved = options.resolve(steps_per_epoch=STEPS_PER_EPOCH)
     shape = _shape(options, channels)
     x = torch.zeros(1, *shape)
     networks = {
-        "plain": runs.build_model(dataclasses.replace(options, dctps=False), classes, shape).eval(),
-        "dctps": runs.build_model(options, classes, shape).eval(),
+        "plain": runs.build_model(dataclasses.replace(resolved, dctps=False), classes, shape).eval(),
+        "dctps": runs.build_model(resolved, classes, shape).eval(),
     }
     with torch.no_grad():
         rows = timing.interleaved({name: partial(network, x) for name, network in networks.items()}, repeats)

@@ -24,12 +24,12 @@ import numpy as np
 import torch
 
 from ..errors import UsageError
-from ..options import config, flags
+from ..options import flags, sources
 from ..training import compare, runs
 
 LIMIT = 520  # seconds of a call
 SAVING = 20  # seconds of it that stopped runs have for writing their state
-SPARSITIES = "0.9995,0.9999"
+SPARSITIES = (0.9995, 0.9999)
 METHODS = {
     "paper": "rigl,set,rigl+dyrelu,rigl+share,east",
     "connected": "rigl+connected,east+connected",
@@ -59,13 +59,12 @@ class Wanted:
 
 
 def settings(wanted: Wanted) -> dict[str, Any]:
-    """The flags of a part's runs as `compare` has them: Table B.1 scaled to the epochs; DCTpS: Tables C.2 to C.5."""
+    """The flags of a part's runs that all of them have: Table B.1 scaled to the epochs; DCTpS: Tables C.2 to C.5."""
     model, group = PARTS[wanted.part]
     epochs = wanted.epochs or (4 if wanted.tiny else 12)
     cuda = torch.cuda.is_available()
     given: dict[str, Any] = {
-        "methods": METHODS[group], "sparsities": SPARSITIES, "seeds": wanted.seeds, "jobs": wanted.jobs,
-        "out": wanted.out / wanted.part, "model": model, "data": "cifar10", "data_dir": str(wanted.data),
+        "model": model, "data": "cifar10", "data_dir": str(wanted.data),
         "epochs": epochs,
         "device": "cuda" if cuda else "cpu", "amp": True, "channels_last": True, "threads": 1, "batch_size": 128,
         "engine": "dense",  # runs that share a GPU would measure each other
@@ -74,13 +73,19 @@ def settings(wanted: Wanted) -> dict[str, Any]:
         drops = [epochs * drop / 250 for drop in (75, 150)]
         given |= {"optimizer": "adam", "weight_decay": 5e-4, "lr_drops": drops}
     if wanted.tiny:
-        given |= {"width": 8, "limit": 64, "batch_size": 16, "sparsities": "0.9"}
+        given |= {"width": 8, "limit": 64, "batch_size": 16}
     return given
 
 
 def jobs(wanted: Wanted) -> list[compare.Job]:
     """The part's runs, checked."""
-    found = compare.jobs(settings(wanted))
+    _, group = PARTS[wanted.part]
+    try:
+        seeds = [int(seed) for seed in wanted.seeds.split(",")]
+    except ValueError:
+        raise UsageError(f"--seeds must be whole numbers joined by commas, got {wanted.seeds!r}") from None
+    sparsities = [0.9] if wanted.tiny else SPARSITIES
+    found = compare.jobs(METHODS[group].split(","), sparsities, seeds, wanted.out / wanted.part, settings(wanted))
     return found[:2] if wanted.tiny else found
 
 
@@ -177,7 +182,7 @@ def progress(wanted: Wanted) -> tuple[int, int]:
 
 def _start(job: compare.Job) -> subprocess.Popen:
     parser = flags.Parser(add_help=False)
-    config.add_flags(parser)
+    sources.add_flags(parser)
     arguments = flags.as_arguments(job.options.as_dict(), parser, str(job.out))
     command = [sys.executable, "-m", "east_plugins", "train", "--resume", "--quiet", "--out", str(job.out), *arguments]
     job.out.parent.mkdir(parents=True, exist_ok=True)

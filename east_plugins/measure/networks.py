@@ -150,7 +150,7 @@ def for_inference(subject: Subject) -> tuple[nn.Module, dict[str, Tensor]]:
     host, generator = network.masked(subject.drawn, "random"), torch.Generator().manual_seed(subject.seed)
     randomise_norms(network.model, generator)
     sparse_fan_in(maskable(network.model), host.masks, generator, modules_of(network.model))
-    return network.model.eval(), host.masks
+    return network.model.eval(), dict(host.masks)
 
 
 def randomise_norms(model: nn.Module, generator: torch.Generator) -> None:

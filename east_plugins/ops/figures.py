@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import MissingExtraError, UsageError
+from .files import replacing
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -56,11 +56,8 @@ def check_path(path: Path, flag: str) -> None:
 
 def save(picture: Figure, path: Path, flag: str) -> None:
     """Write a picture; raises `UsageError`, naming `flag`, where `path` cannot be written."""
-    temporary = path.with_name(f".{path.stem}.{os.getpid()}{path.suffix}")
     try:
-        picture.savefig(temporary, dpi=150)
-        os.replace(temporary, path)
+        with replacing(path) as unfinished:
+            picture.savefig(unfinished, dpi=150)
     except OSError as error:
         raise UsageError(f"{flag} {path} cannot be written: {' '.join(str(error).split())[:120]}") from error
-    finally:
-        temporary.unlink(missing_ok=True)

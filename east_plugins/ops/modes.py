@@ -10,10 +10,14 @@ from torch import nn
 
 @contextlib.contextmanager
 def training_mode(model: nn.Module, training: bool) -> Iterator[None]:
-    """The model in training or evaluation mode; afterwards every module is in its own again."""
+    """The model in training or evaluation mode; afterwards every module is in its own again.
+
+    `train()` is not called: some networks merge or freeze weights in theirs.
+    """
     before = {module: module.training for module in model.modules()}
     try:
-        model.train(training)
+        for module in before:
+            module.training = training
         yield
     finally:
         for module, mode in before.items():

@@ -18,7 +18,10 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
+from .marks import Marked
 from .maskable import theoretical_size
+from .modes import training_mode
+from .substitute import substituted
 
 #: Operations by name, without leading and trailing underscores.
 IDENTITIES = {
@@ -88,7 +91,7 @@ def path_positions(model: nn.Module, masks: Mapping[str, Tensor], input_shape: S
     leaves = {name: mask.to(device, torch.float32).requires_grad_() for name, mask in masks.items()}
     x = torch.ones(1, *input_shape, device=device)
     with torch.enable_grad():
-        total = sum(output.sum() for output in run_with(model, leaves, x, Twin()))
+        total = sum((output.sum() for output in run_with(model, leaves, x, Twin())), x.new_zeros(()))
         flows = torch.autograd.grad(total, list(leaves.values()), allow_unused=True, materialize_grads=True)
     return {name: (flow > 0).to(masks[name].device) for name, flow in zip(leaves, flows, strict=True)}
 
@@ -113,34 +116,27 @@ def run_with(model: nn.Module, weights: Mapping[str, Tensor], x: Tensor, mode: T
     """
     parameters = dict(model.named_parameters(remove_duplicate=False))
     replaced = {id(parameters[name]) for name in weights}
-    others = {
-        name: torch.full((), float(not name.endswith("bias")), device=x.device).expand(parameter.shape)
+    tensors = {
+        id(parameter): torch.full((), float(not name.endswith("bias")), device=x.device).expand(parameter.shape)
         for name, parameter in model.named_parameters()
         if id(parameter) not in replaced and parameter.is_floating_point()
     }
-    with plain_evaluation(model), torch.random.fork_rng([]), mode:
-        outputs = torch.func.functional_call(model, others | dict(weights), (x,))
+    tensors |= {id(parameters[name]): weight for name, weight in weights.items()}
+    tensors |= {id(buffer): buffer.clone() for buffer in model.buffers()}
+    with plain_evaluation(model), substituted(model, tensors), torch.random.fork_rng([]), mode:
+        outputs = model(x)
     return [output for output in tree_leaves(outputs) if isinstance(output, Tensor)]
 
 
 @contextlib.contextmanager
 def plain_evaluation(model: nn.Module) -> Iterator[None]:
     """Evaluation mode, phased activations off (their ReLUs run then), DCT layers as one product."""
-    changes = []
-    for module in model.modules():
-        changes.append((module, "training", False))
-        if getattr(module, "east_plugin", False) and hasattr(module, "phase"):
-            changes.append((module, "phase", "off"))
-        if getattr(module, "east_dct", False):
-            changes.append((module, "engine", "dense"))
-    before = [getattr(module, name) for module, name, _ in changes]
-    try:
-        for change in changes:
-            setattr(*change)
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(training_mode(model, False))
+        for module in model.modules():
+            if isinstance(module, Marked):
+                stack.enter_context(module.plain())
         yield
-    finally:
-        for (module, name, _), value in zip(changes, before, strict=True):
-            setattr(module, name, value)
 
 
 class _Cut(torch.autograd.Function):

@@ -1,8 +1,9 @@
 """Global density as a pure function of the step.
 
 Each schedule is a frozen dataclass with `target` (the density at the end), `density(step)` in (0, 1] and
-`due(step)`: whether a topology update follows optimizer step number `step` (counted from 1). Where `replaces` is False
-its updates drop and grow for the density's sake only. No hidden state, so resuming needs the step only.
+`due(step)`: whether a topology update follows optimizer step number `step` (counted from 1). `end` is the run's last
+step. Where `replaces` is False its updates drop and grow for the density's sake only. No hidden state, so resuming
+needs the step only.
 """
 
 from __future__ import annotations
@@ -13,13 +14,14 @@ from functools import cached_property
 from typing import ClassVar
 
 from ..errors import UsageError
+from .protocols import option
 from .registry import density as registry
 
 
-def check_density(value: float, flag: str = "--density") -> None:
+def check_density(value: float, name: str = "density") -> None:
     """Raise `UsageError` unless 0 < value <= 1 (NaN is refused too)."""
     if not 0 < value <= 1:
-        raise UsageError(f"{flag} must be in (0, 1], got {value}")
+        raise UsageError(f"`{name}` must be in (0, 1], got {value}")
 
 
 @registry.register("constant")
@@ -31,7 +33,7 @@ class Constant:
     frequency: int | None = None
     end: float = math.inf
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         check_density(self.target)
         _check_frequency(self.frequency)
 
@@ -66,35 +68,35 @@ class Cyclic:
     frequency: int | None = None
     end: float = math.inf
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         check_density(self.target)
         _check_frequency(self.frequency)
-        _check_frequency(self.cyclic_frequency, "--east-cyclic-update-frequency")
+        _check_frequency(self.cyclic_frequency, "cyclic_frequency")
         allowed = (
-            ("--east-cyclic-pattern", self.pattern, self.pattern in PATTERNS, f"one of {', '.join(PATTERNS)}"),
-            ("--east-cyclic-multiplier", self.multiplier, 1 <= self.multiplier < math.inf, "at least 1"),
-            ("--east-cyclic-cycles", self.cycles, self.cycles >= 1, "at least 1"),
-            ("--east-cyclic-length", self.length, self.length >= 2, "at least 2 steps"),
-            ("--east-cyclic-length-mult", self.length_mult, 0 < self.length_mult < math.inf, "over 0"),
+            ("pattern", self.pattern, self.pattern in PATTERNS, f"one of {', '.join(PATTERNS)}"),
+            ("multiplier", self.multiplier, 1 <= self.multiplier < math.inf, "at least 1"),
+            ("cycles", self.cycles, self.cycles >= 1, "at least 1"),
+            ("length", self.length, self.length >= 2, "at least 2 steps"),
+            ("length_mult", self.length_mult, 0 < self.length_mult < math.inf, "over 0"),
         )
-        for flag, value, good, what in allowed:
+        for name, value, good, what in allowed:
             if not good:
-                raise UsageError(f"{flag} must be {what}, got {value}")
+                raise UsageError(f"`{name}` must be {what}, got {value}")
         if self.target * self.multiplier > 1:
             raise UsageError(
-                f"--east-cyclic-multiplier {self.multiplier:g} takes the density {self.target:g} to "
+                f"`multiplier` {self.multiplier:g} takes the density {self.target:g} to "
                 f"{self.target * self.multiplier:g}; allowed is at most {1 / self.target:g}"
             )
         try:
             close = float(self.close)
         except OverflowError:
             raise UsageError(
-                f"--east-cyclic-length-mult {self.length_mult:g}: {self.cycles} such cycles never close; "
+                f"`length_mult` {self.length_mult:g}: {self.cycles} such cycles never close; "
                 f"allowed is before training's last step, {self.end:g}"
             ) from None
         if close >= self.end:
             raise UsageError(
-                f"--east-cyclic-length: {self.cycles} cycles close at step {close:.12g}; "
+                f"`length`: {self.cycles} cycles close at step {close:.12g}; "
                 f"allowed is before training's last step, {self.end:g}"
             )
 
@@ -151,25 +153,30 @@ class Gradual:
     al. 2021), updates every `frequency` steps and at `stop`, so that it ends exactly on target."""
 
     target: float
-    initial: float = 0.5
-    start: int = 0
-    stop: int = 1
+    initial: float = option(0.5, "density at the beginning", type=float)
+    start: int = option(0, "step at which the fall begins", type=int)
+    stop: int | None = option(None, "step at which it ends (default: half of the run)", type=int)
     frequency: int | None = None
     end: float = math.inf
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         check_density(self.target)
-        check_density(self.initial, "--initial-density")
+        check_density(self.initial, "initial")
         _check_frequency(self.frequency)
-        if not 0 <= self.start < self.stop < self.end:
-            raise UsageError(f"gradual pruning must run inside training: {self.start} to {self.stop} of {self.end:g}")
+        if not 0 <= self.start < self.last < self.end:
+            raise UsageError(f"gradual pruning must run inside training: {self.start} to {self.last} of {self.end:g}")
+
+    @property
+    def last(self) -> int:
+        """Step at which the density reaches the target."""
+        return _half_way(self.stop, self.end)
 
     def density(self, step: int) -> float:
-        left = 1 - min(max((step - self.start) / (self.stop - self.start), 0.0), 1.0)
+        left = 1 - min(max((step - self.start) / (self.last - self.start), 0.0), 1.0)
         return self.target + (self.initial - self.target) * left**3
 
     def due(self, step: int) -> bool:
-        if step == self.stop:
+        if step == self.last:
             return True
         return self.frequency is not None and 0 < step < self.end and step % self.frequency == 0
 
@@ -180,21 +187,38 @@ class OneShot:
     """Density `initial` up to step `stop`, then `target` at once: what the prune rule finds most important stays."""
 
     target: float
-    initial: float = 1.0
-    stop: int = 1
+    initial: float = option(1.0, "density up to the step", type=float)
+    stop: int | None = option(None, "the step (default: half of the run)", type=int)
+    frequency: int | None = None
+    end: float = math.inf
     replaces: ClassVar[bool] = False
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         check_density(self.target)
-        check_density(self.initial, "--initial-density")
+        check_density(self.initial, "initial")
+        _half_way(self.stop, self.end)
+
+    @property
+    def last(self) -> int:
+        """Step at which the density falls."""
+        return _half_way(self.stop, self.end)
 
     def density(self, step: int) -> float:
-        return self.initial if step < self.stop else self.target
+        return self.initial if step < self.last else self.target
 
     def due(self, step: int) -> bool:
-        return step == self.stop
+        return step == self.last
 
 
-def _check_frequency(frequency: int | None, flag: str = "--update-frequency") -> None:
+def _half_way(stop: int | None, end: float) -> int:
+    """`stop`, or half of the run; raises `UsageError` where the run has no end to take half of."""
+    if stop is not None:
+        return stop
+    if end == math.inf:
+        raise UsageError("`stop` is missing: the step at which the density is the target")
+    return max(1, int(end) // 2)
+
+
+def _check_frequency(frequency: int | None, name: str = "update_frequency") -> None:
     if frequency is not None and frequency < 1:
-        raise UsageError(f"{flag} must be at least 1 step, got {frequency}")
+        raise UsageError(f"`{name}` must be at least 1 step, got {frequency}")

@@ -199,7 +199,7 @@ def load(
     Raises `UnknownNameError`, `UsageError` where files or values are not as they should be.
     """
     if name not in SOURCES:
-        raise UnknownNameError("--data", name, SOURCES)
+        raise UnknownNameError("`data`", name, SOURCES)
     source = SOURCES[name]
     _check(name, data_dir, image_size, validation, limit, download)
     if download:
@@ -210,7 +210,7 @@ def load(
         train, test = _some(train, limit), _some(test, limit)
     kept, held_out = (_take(train, index) for index in stratified(train[1], validation, seed))
     if len(kept[1]) < 2:
-        raise UsageError(f"--data {name}: {len(kept[1])} images are left for training, needed are at least 2")
+        raise UsageError(f"`data` {name}: {len(kept[1])} images are left for training, needed are at least 2")
     if isinstance(train[0], Tensor):
         return Data(name, num_classes, *_in_memory(kept, held_out, test, source))
     return Data(name, num_classes, *_on_disk(kept, held_out, test, image_size or 224))
@@ -229,7 +229,7 @@ def known_shape(name: str) -> tuple[int, int] | None:
     Raises `UnknownNameError`.
     """
     if name not in SOURCES:
-        raise UnknownNameError("--data", name, SOURCES)
+        raise UnknownNameError("`data`", name, SOURCES)
     return SOURCES[name].shape
 
 
@@ -240,16 +240,16 @@ def names() -> list[str]:
 def _check(name, data_dir, image_size, validation, limit, download) -> None:
     source = SOURCES[name]
     if not 0 <= validation < 1:
-        raise UsageError(f"--validation {validation}: allowed are shares from 0 to below 1")
-    for flag, value in (("--image-size", image_size), ("--limit", limit)):
+        raise UsageError(f"`validation` {validation}: allowed are shares from 0 to below 1")
+    for flag, value in (("`image_size`", image_size), ("`limit`", limit)):
         if value is not None and value < 1:
             raise UsageError(f"{flag} {value}: allowed are whole numbers from 1")
     if download and not source.torchvision:
-        raise UsageError(f"--download: allowed for {', '.join(n for n in SOURCES if SOURCES[n].torchvision)}")
+        raise UsageError(f"`download`: allowed for {', '.join(n for n in SOURCES if SOURCES[n].torchvision)}")
     if source.needs and data_dir is None:
-        raise UsageError(f"--data {name} needs --data-dir, a folder with {source.needs}")
+        raise UsageError(f"`data` {name} needs `data_dir`, a folder with {source.needs}")
     if source.needs and not download and not Path(data_dir).is_dir():
-        raise UsageError(f"--data-dir {data_dir}: no such folder; expected is one with {source.needs}")
+        raise UsageError(f"`data_dir` {data_dir}: no such folder; expected is one with {source.needs}")
 
 
 def _take(part: Labelled, index: Tensor) -> Labelled:

@@ -196,7 +196,7 @@ def test_grey_images_have_one_channel(tmp_path):
 def test_folder_images_of_several_sizes_need_an_image_size(tmp_path):
     write_folders(tmp_path, {"train": {"a": 2, "b": 2}, "test": {"a": 1}}, size=(12, 8))
     Image.new("RGB", (20, 20)).save(tmp_path / "train" / "b" / "other.png")
-    with pytest.raises(UsageError, match=r"--image-size is needed: .*other.png has 20x20 pixels, others 12x8"):
+    with pytest.raises(UsageError, match=r"`image_size` is needed: .*other.png has 20x20 pixels, others 12x8"):
         data.load("folder", tmp_path)
     assert data.load("folder", tmp_path, image_size=10).input_shape == (3, 10, 10)
 
@@ -281,7 +281,7 @@ def test_what_is_no_cifar_batch_is_refused(wrong, tmp_path):
     write_cifar(tmp_path)
     with open(tmp_path / "cifar-10-batches-py" / "data_batch_2", "wb") as file:
         pickle.dump(wrong, file, protocol=2)
-    with pytest.raises(UsageError, match="--data-dir: .*data_batch_2 is no CIFAR batch"):
+    with pytest.raises(UsageError, match="`data_dir`: .*data_batch_2 is no CIFAR batch"):
         data.load("cifar10", tmp_path)
 
 
@@ -292,7 +292,7 @@ def test_truncated_mnist_files_are_refused(images, labels, tmp_path):
     for part in ("train", "t10k"):
         (raw / f"{part}-images-idx3-ubyte").write_bytes(bytes(images))
         (raw / f"{part}-labels-idx1-ubyte").write_bytes(bytes(labels))
-    with pytest.raises(UsageError, match="--data-dir: .*MNIST"):
+    with pytest.raises(UsageError, match="`data_dir`: .*MNIST"):
         data.load("mnist", tmp_path)
 
 

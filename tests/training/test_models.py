@@ -146,5 +146,5 @@ def test_torchvision_networks():
         models.build("torchvision:resnt50", 10)
     with pytest.raises(UsageError, match="takes 3 channels, got images of 1 channel"):
         models.build("torchvision:resnet50", 10, in_channels=1)
-    with pytest.raises(UsageError, match="--width 16"):
+    with pytest.raises(UsageError, match="`width` 16"):
         models.build("torchvision:resnet50", 10, width=16)

@@ -15,7 +15,7 @@ import yaml
 from east_plugins import __version__
 from east_plugins.__main__ import main
 from east_plugins.errors import UsageError
-from east_plugins.options.config import from_flags
+from east_plugins.options.sources import from_flags
 from east_plugins.training import runs
 from east_plugins.training.progress import Progress
 from east_plugins.training.trainer import Trainer

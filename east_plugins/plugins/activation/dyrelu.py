@@ -68,7 +68,7 @@ class DyReLUB(nn.Module):
     def __init__(self, num_channels: int, reduction: int = 4):
         super().__init__()
         if reduction < 1:
-            raise UsageError(f"--east-dyrelu-reduction must be at least 1, got {reduction}")
+            raise UsageError(f"`reduction` must be at least 1, got {reduction}")
         hidden = max(1, num_channels // reduction)
         self.squeeze = nn.Linear(num_channels, hidden)
         self.excite = nn.Linear(hidden, 2 * _K * self._sets(num_channels))

@@ -42,7 +42,7 @@ def draw(
     scores = {name: torch.rand(positions.shape, generator=generator) for name, positions in possible.items()}
     for name, positions in possible.items():
         if not positions.any():
-            raise UsageError(f"--sparse-init connected: layer {name} lies on no path from input to output")
+            raise UsageError(f"`sparse_init` connected: layer {name} lies on no path from input to output")
         if positions.sum() < budgets[name]:  # some of its weights cannot be on a path
             scores[name] += positions
             possible[name] = torch.ones_like(positions)
@@ -118,7 +118,8 @@ def _select_anew(model, masks, before, scores, input_shape, generator, names) ->
 
         def rank(at: Tensor) -> tuple[Tensor, Tensor]:
             keep, regret = active[at].int(), (was_active & ~active)[at].int()
-            return tuple(_ranks(tier, score[at], generator) for tier in (2 * keep + regret, 2 * keep - regret))
+            to_cover = _ranks(2 * keep + regret, score[at], generator)
+            return to_cover, _ranks(2 * keep - regret, score[at], generator)
 
         return _select(wiring.layers[name], possible[name], chosen, covered, budgets[name], rank)
 

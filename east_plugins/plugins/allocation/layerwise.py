@@ -14,6 +14,7 @@ import torch
 from ...errors import UsageError
 from ...ops.counts import apportion
 from ...ops.select import random_k
+from ..protocols import LayerShare
 from ..registry import allocation
 
 
@@ -47,16 +48,17 @@ def epf(shape: Sequence[int]) -> float:
     return shape[0]
 
 
-def budgets(name: str, shapes: Mapping[str, Sequence[int]], total: int) -> dict[str, int]:
-    """Active weights of every layer under the allocation called `name`: integers that sum to `total`.
+def budgets(share: str | LayerShare, shapes: Mapping[str, Sequence[int]], total: int) -> dict[str, int]:
+    """Active weights of every layer under an allocation, or one of that name: integers that sum to `total`.
 
     Raises `UnknownNameError`, or `UsageError` where `total` gives some layer no weight.
     """
-    weights = [allocation.get(name)(tuple(shape)) for shape in shapes.values()]
+    rule = allocation.bound(share) if isinstance(share, str) else share
+    weights = [rule(tuple(shape)) for shape in shapes.values()]
     sizes = [math.prod(shape) for shape in shapes.values()]
     if not len(shapes) <= total <= sum(sizes):
         allowed = f"{len(shapes)} (one a layer) to {sum(sizes)}"
-        raise UsageError(f"--density gives {total} active weights; allowed are {allowed}")
+        raise UsageError(f"`density` gives {total} active weights; allowed are {allowed}")
     counts = apportion(weights, total, 1, sizes)
     return dict(zip(shapes, counts, strict=True))
 

@@ -39,7 +39,7 @@ def synflow(
     for turn in range(1, ROUNDS + 1):
         leaves = {name: (weight * masks[name]).requires_grad_() for name, weight in weights.items()}
         with torch.enable_grad():
-            flow = sum(output.sum() for output in run_with(model, leaves, x, _Products()))
+            flow = sum((output.sum() for output in run_with(model, leaves, x, _Products())), x.new_zeros(()))
             gradients = torch.autograd.grad(flow, list(leaves.values()), allow_unused=True, materialize_grads=True)
         scores = [(leaf * gradient).detach() for leaf, gradient in zip(leaves.values(), gradients, strict=True)]
         masks = _keep(masks, scores, round(size * (total / size) ** (turn / ROUNDS)), generator)

@@ -191,7 +191,7 @@ def test_budgets_that_do_not_fit_on_paths_are_kept():
 def test_refuses_a_layer_on_no_path():
     model = nn.Sequential(nn.Linear(2, 2))
     model[0].unused = nn.Linear(2, 2)
-    with pytest.raises(UsageError, match="^--sparse-init connected: layer 0.unused.weight lies on no path .*$"):
+    with pytest.raises(UsageError, match="^`sparse_init` connected: layer 0.unused.weight lies on no path .*$"):
         draw(model, {name: 1 for name in maskable(model)}, (2,), generator())
 
 
