@@ -30,7 +30,7 @@ def density_chart(result: dict[str, Any], subject: str, path: Path) -> None:
     axes.set(xscale="log", yscale="log", xlabel="density", ylabel="ms a training step", title=about)
     axes.grid(which="major", color="#DDDDDD")
     axes.legend(frameon=False)
-    figures.save(figure, path, "--plot")
+    figures.save(figure, path, "`plot`")
 
 
 def bar_chart(result: dict[str, Any], subject: str, path: Path) -> None:
@@ -67,4 +67,4 @@ def bar_chart(result: dict[str, Any], subject: str, path: Path) -> None:
     for axes, label in ((left, f"ms an image, {result['threads']} thread(s)"), (right, "KiB on disk")):
         axes.set(xscale="log", xlabel=label)
         axes.margins(x=0.2)
-    figures.save(figure, path, "--plot")
+    figures.save(figure, path, "`plot`")

@@ -22,7 +22,7 @@ def itop_file(checkout: Path) -> Path:
     """The file of a checkout of ITOP that its hosts are in; raises `UsageError`."""
     file = checkout / "sparselearning" / "core.py"
     if not file.is_file():
-        raise UsageError(f"--itop {checkout} is no checkout of ITOP: it has no sparselearning/core.py")
+        raise UsageError(f"`itop` {checkout} is no checkout of ITOP: it has no sparselearning/core.py")
     return file
 
 
@@ -44,15 +44,15 @@ def sparseprop(checkout: Path) -> Any:
     Its kernels use as many threads as PyTorch does when they are loaded first. Raises `UsageError`.
     """
     if not (checkout / "sparseprop" / "utils.py").is_file():
-        raise UsageError(f"--sparseprop {checkout} is no checkout of SparseProp: it has no sparseprop/utils.py")
+        raise UsageError(f"`sparseprop` {checkout} is no checkout of SparseProp: it has no sparseprop/utils.py")
     os.environ["OMP_NUM_THREADS"] = str(torch.get_num_threads())
     sys.path.insert(0, str(checkout.resolve()))
     try:
         return importlib.import_module("sparseprop.utils")
     except ImportError as error:
         raise UsageError(
-            f"--sparseprop {checkout} cannot be imported ({error}); its kernels are built by "
-            "`python setup.py build_ext --inplace` there, and it needs scipy"
+            f"`sparseprop` {checkout} cannot be imported ({error}); its kernels are built by "
+            "python setup.py build_ext --inplace there, and it needs scipy"
         ) from error
     finally:
         sys.path.remove(str(checkout.resolve()))

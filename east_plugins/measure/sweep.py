@@ -35,7 +35,7 @@ def sweep(
     for densities that are not in (0, 1].
     """
     if wrong := [density for density in densities if not 0 < density <= 1]:
-        raise UsageError(f"--densities must be in (0, 1], got {wrong[0]:g}")
+        raise UsageError(f"`densities` must be in (0, 1], got {wrong[0]:g}")
     speed, rows = flops(), []
     for density in densities:
         at = dataclasses.replace(subject, density=density)
