@@ -26,6 +26,7 @@ def test_a_rule_of_ones_own_grows_weights_that_never_fired(tmp_path):
 def test_the_rule_is_found_from_the_command_line_and_its_option_is_a_flag(tmp_path):
     shutil.copy(EXAMPLES / "own_rule.py", tmp_path)
     text = python("-m", "east_plugins", "train", "--growth", "own_rule:GradientToUnfired", "--help", cwd=tmp_path)
+    text = " ".join(text.split())
     assert "--growth-again X" in text and "factor on weights that were active before (default: 0.1)" in text
 
 
