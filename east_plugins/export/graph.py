@@ -82,7 +82,7 @@ def masked_copy(model: nn.Module, masks: Mapping[str, Tensor]) -> nn.Module:
     """
     model, masks = unwrapped(model, masks)
     if any(isinstance(module, PhasedActivation) and module.phase != OFF for module in model.modules()):
-        raise UsageError("export needs a network whose activations are phased out: train past --east-dyrelu-end")
+        raise UsageError("export needs a network whose activations are phased out: train past `east_dyrelu_end`")
     model = copy.deepcopy(model).cpu().float().eval()
     parameters = dict(model.named_parameters(remove_duplicate=False))
     with torch.no_grad():
