@@ -10,9 +10,7 @@ STEPS, SHAPE = 20, (3, 16, 16)
 
 model = build("resnet20", num_classes=10, image_size=16)
 optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, weight_decay=1e-4)
-mask = Masking.of(
-    "rigl+connected", model, optimizer, density=0.005, steps=STEPS, input_shape=SHAPE, update_frequency=5
-)
+mask = Masking.of("rigl+connected", model, optimizer, density=0.005, steps=STEPS, input_shape=SHAPE, update_frequency=5)
 engine = Engine(mask, SHAPE, engine="sparse")  # "auto", the default, measures whether that is faster than dense
 
 for _ in range(STEPS):
