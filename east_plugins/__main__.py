@@ -8,6 +8,7 @@ import sys
 from collections.abc import Sequence
 
 from . import __version__
+from .commands.parsing import program
 from .errors import EastError, Interrupted, UnknownNameError
 
 #: Command to its line of help; each is the `main` of the module of its name in `commands`.
@@ -27,20 +28,11 @@ COMMANDS = {
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code (0; 2 for wrong usage or input; 130 on Ctrl-C)."""
-    argv = list(sys.argv[1:] if argv is None else argv)
-    if not argv or argv[0] in ("-h", "--help"):
-        print("usage: python -m east_plugins COMMAND [flags]   (COMMAND --help lists its flags)\n")
-        print("\n".join(f"  {name:<10} {help}" for name, help in COMMANDS.items()))
-        return 0 if argv else 2
-    if not {"", os.getcwd()} & set(sys.path):
-        sys.path.insert(0, "")  # rules of one's own, as module:function, lie in the working folder
-    if argv == ["--version"]:
-        print(f"east_plugins {__version__}")
-        return 0
     try:
-        if argv[0] not in COMMANDS:
-            raise UnknownNameError("command", argv[0], COMMANDS)
-        return importlib.import_module(f".commands.{argv[0]}", __package__).main(argv[1:])
+        try:
+            return _run(list(sys.argv[1:] if argv is None else argv))
+        finally:
+            sys.stdout.flush()  # here, where it is caught that nobody reads on, as in `--help | head`
     except KeyboardInterrupt:
         return 130
     except BrokenPipeError:
@@ -51,6 +43,22 @@ def main(argv: Sequence[str] | None = None) -> int:
 
         print(f"east_plugins: {spoken(str(error))}", file=sys.stderr)
         return 130 if isinstance(error, Interrupted) else 2
+
+
+def _run(argv: list[str]) -> int:
+    if not argv or argv[0] in ("-h", "--help"):
+        print(f"usage: {program()} COMMAND [flags]   (COMMAND --help lists its flags)\n")
+        print("\n".join(f"  {name:<10} {help}" for name, help in COMMANDS.items()))
+        print(f"\nexamples:\n  {program()} train --method rigl+connected --out runs/a\n  {program()} analyze runs/a")
+        return 0 if argv else 2
+    if not {"", os.getcwd()} & set(sys.path):
+        sys.path.insert(0, "")  # rules of one's own, as module:function, lie in the working folder
+    if argv == ["--version"]:
+        print(f"east_plugins {__version__}")
+        return 0
+    if argv[0] not in COMMANDS:
+        raise UnknownNameError("command", argv[0], COMMANDS)
+    return importlib.import_module(f".commands.{argv[0]}", __package__).main(argv[1:])
 
 
 if __name__ == "__main__":

@@ -15,12 +15,13 @@ from .parsing import parser
 def main(argv: Sequence[str]) -> int:
     parse = parser(
         "analyze",
-        "Density, effective density, ITOP rate, gradient flow and positive pre-activations of finished runs' "
-        "networks, and the Jaccard similarity of their masks. Nothing is written.",
-        "analyze runs/a runs/b",
+        "Density, effective density, ITOP rate, gradient flow and positive pre-activations of runs' networks, the "
+        "Jaccard similarity of their masks, and a verdict in words. Runs may be finished, running or interrupted. "
+        "Nothing is written.",
+        "analyze runs/a runs/comparison",
         "analyze runs/a --layers --images 512",
     )
-    parse.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="folder of a finished run")
+    parse.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="folder of a run or of a comparison")
     parse.add_argument("--data-dir", metavar="DIR", help="folder of the test images (default: each run's)")
     parse.add_argument("--images", type=int, default=256, metavar="N", help="test images to measure with, "
                        "drawn at random, the same for all runs (default: 256)")  # fmt: skip
@@ -38,21 +39,40 @@ def main(argv: Sequence[str]) -> int:
 
 def as_text(report: dict[str, Any], layers: bool = False) -> str:
     """The same for people."""
-    head = ("density", "effective", "ITOP rate", "grad flow", "positive", "test", "run")
-    rows = []
-    for run in report["runs"]:
-        positive = "" if run["positive_preactivations"] is None else f"{run['positive_preactivations']:.1%}"
-        shares = (f"{run[name]:.6f}" for name in ("density", "effective_density", "itop_rate"))
-        rows.append((*shares, f"{run['gradient_flow']:.3g}", positive, f"{run['test_accuracy']:.1%}", run["run"]))
-    lines = [text.table(head, rows, ">>>>>><")]
+    head = ("density", "effective", "ITOP rate", "grad flow", "positive", "epoch", "validation", "test", "run")
+    rows = [
+        (
+            *(_number(run[name], ".6f") for name in ("density", "effective_density", "itop_rate")),
+            _number(run["gradient_flow"], ".3g"), _number(run["positive_preactivations"], ".1%"),
+            f"{run['epoch']}/{run['epochs']}", _number(run["validation_accuracy"], ".1%"),
+            _number(run["test_accuracy"], ".1%"), run["run"],
+        )
+        for run in report["runs"]
+    ]  # fmt: skip
+    lines = [text.table(head, rows, ">>>>>>>><"), ""]
+    lines += [f"{run['run']}: {run['verdict']}" for run in report["runs"]]
     if len(report["runs"]) > 1:
         lines += ["", "Jaccard similarity of masks, in the same order"]
         lines += [" ".join("     -" if v is None else f"{v:>6.3f}" for v in row) for row in report["jaccard"]]
     for run in report["runs"] if layers else ():
         cells = [
-            (layer["name"], f"{layer['weights']:,}", f"{layer['active']:,}", f"{layer['gradient_norm']:.3g}")
+            (
+                layer["name"],
+                f"{layer['weights']:,}",
+                f"{layer['active']:,}",
+                f"{layer['on_path']:,}",
+                f"{layer['gradient_norm']:.3g}",
+            )
             for layer in run["layers"]
         ]
-        lines += ["", run["run"], text.table(("layer", "weights", "active", "gradient norm"), cells, "<>>>")]
+        lines += [
+            "",
+            run["run"],
+            text.table(("layer", "weights", "active", "on a path", "gradient norm"), cells, "<>>>>"),
+        ]
         lines.append("positive inputs of each ReLU: " + " ".join(f"{share:.0%}" for share in run["relus"]))
     return "\n".join(lines)
+
+
+def _number(value: float | None, kind: str) -> str:
+    return "" if value is None else f"{value:{kind}}"

@@ -120,6 +120,23 @@ def _inference(args: argparse.Namespace) -> int:
     return _printed(result, args.json)
 
 
+def startup(argv: Sequence[str]) -> int:
+    parse = parser(
+        "bench startup",
+        "What it takes to import the package and to answer quick commands, beside import torch.",
+        "bench startup --repeats 3",
+        "bench startup --repeats 21 --json",
+    )
+    parse.add_argument("--repeats", type=int, default=7, metavar="N", help="rounds (default: 7)")
+    parse.add_argument("--json", action="store_true", help="one JSON object in place of the table")
+    args = parse.parse_args(argv)
+    if args.repeats < 1:
+        raise UsageError(f"--repeats must be at least 1, got {args.repeats}")
+    from ..measure.startup import startup
+
+    return _printed(startup(args.repeats), args.json)
+
+
 def gpu(argv: Sequence[str]) -> int:
     parse = parser(
         "bench gpu",
@@ -151,7 +168,7 @@ def gpu(argv: Sequence[str]) -> int:
 
 
 BENCHMARKS: dict[str, Callable[[Sequence[str]], int]] = {
-    "step": step, "update": update, "inference": inference, "gpu": gpu,
+    "step": step, "update": update, "inference": inference, "gpu": gpu, "startup": startup,
 }  # fmt: skip
 
 

@@ -5,12 +5,15 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import re
 from collections.abc import Sequence
 from typing import Any
 
 from ..ops import text
 from ..options import sources
 from .parsing import parser
+
+DEFAULTS = {"method": "rigl", "data": "cifar10"}  # where train has others
 
 
 def main(argv: Sequence[str]) -> int:
@@ -26,6 +29,9 @@ def main(argv: Sequence[str]) -> int:
     parse.add_argument("--latency", action="store_true", help="with --dctps: time inference beside plain layers")
     parse.add_argument("--json", action="store_true", help="one JSON object in place of the table")
     sources.add_flags(parse)
+    for action in parse._actions:  # argparse offers no other way to what it was given
+        if action.dest in DEFAULTS and action.help:
+            action.help = re.sub(r"\(default: .*\)$", f"(default: {DEFAULTS[action.dest]})", action.help)
     given = vars(parse.parse_args(argv))
     classes, channels, timed, as_json = (given.pop(name) for name in ("classes", "channels", "latency", "json"))
     from ..measure.description import describe, latency
@@ -35,7 +41,7 @@ def main(argv: Sequence[str]) -> int:
     if given.get("model") == "help":
         print("\n".join([*models.names(), "torchvision:<name>"]))
         return 0
-    options = sources.from_flags(given, method="rigl", data="cifar10")
+    options = sources.from_flags(given, **DEFAULTS)
     own_channels, size = images.known_shape(options.data) or (3, 32)
     channels = own_channels if channels is None else channels
     classes = (known.count(options.data, options.data_dir) or 10) if classes is None else classes

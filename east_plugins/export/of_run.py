@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor, nn
 
 from ..errors import UsageError
 from ..training import classes, runs
@@ -34,9 +36,16 @@ def exported(run: runs.Run, kind: str, test: Images | ImageFiles, name: str = "n
 
     `name` is the one of the C function. Raises as `to_c` and `to_onnx` do.
     """
-    if kind not in _KINDS:
-        raise UsageError(f"kind of file {kind!r}; allowed are {', '.join(_KINDS)}")
-    return _KINDS[kind](run, interface(run, test), name)
+    about = interface(run, test)
+    if kind == "c":
+        return c_file(run.model, run.masks, run.input_shape, name, about)
+    if kind == "onnx":
+        return onnx_file(run.model, run.masks, run.input_shape, about)
+    if kind != "safetensors":
+        raise UsageError(f"kind of file {kind!r}; allowed are c, onnx, safetensors")
+    shape, outputs = list(run.input_shape), run.summary["classes"]
+    network = {"config": run.config.as_dict(), "classes": outputs, "input_shape": shape, **about.metadata()}
+    return sparse_file(run.model, run.masks, network)
 
 
 def interface(run: runs.Run, test: Images | ImageFiles) -> Interface:
@@ -46,32 +55,35 @@ def interface(run: runs.Run, test: Images | ImageFiles) -> Interface:
     return Interface(mean, deviation, tuple(labels))
 
 
-def _c(run: runs.Run, about: Interface, name: str) -> Exported:
-    file = to_c(run.model, run.masks, run.input_shape, name, about)
+def c_file(
+    model: nn.Module, masks: Mapping[str, Tensor], input_shape: Sequence[int], name: str, about: Interface | None = None
+) -> Exported:
+    """A C file; with `about` there is a program in it that classifies an image."""
+    file = to_c(model, masks, input_shape, name, about)
     memory = f", static memory {file.arena_bytes:,} bytes of activations and {file.table_bytes:,} of tables"
-    return Exported((file.text + image_program(file)).encode(), run_c(file), memory)
+    program = image_program(file) if about else ""
+    return Exported((file.text + program).encode(), run_c(file), memory)
 
 
-def _onnx(run: runs.Run, about: Interface, name: str) -> Exported:
-    content = to_onnx(run.model, run.masks, run.input_shape, about)
+def onnx_file(
+    model: nn.Module, masks: Mapping[str, Tensor], input_shape: Sequence[int], about: Interface | None = None
+) -> Exported:
+    """An ONNX file."""
+    content = to_onnx(model, masks, input_shape, about)
     return Exported(content, run_onnx(content))
 
 
-def _safetensors(run: runs.Run, about: Interface, name: str) -> Exported:
-    shape, outputs = list(run.input_shape), run.summary["classes"]
-    network = {"config": run.config.as_dict(), "classes": outputs, "input_shape": shape, **about.metadata()}
-    content = to_safetensors(run.model, run.masks, network)
+def sparse_file(
+    model: nn.Module, masks: Mapping[str, Tensor], network: Mapping[str, Any], untrained: nn.Module | None = None
+) -> Exported:
+    """A safetensors file, read back; `network` says what is needed to build the network, else `untrained` is one."""
+    content = to_safetensors(model, masks, network)
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "network.safetensors"
         path.write_bytes(content)
-        model, _ = load_sparse(path)
+        read, _ = load_sparse(path, untrained)
 
     def forward(inputs: np.ndarray) -> np.ndarray:
-        return model(torch.from_numpy(inputs)).detach().numpy()
+        return read(torch.from_numpy(inputs)).detach().numpy()
 
     return Exported(content, forward)
-
-
-_KINDS: dict[str, Callable[[runs.Run, Interface, str], Exported]] = {
-    "onnx": _onnx, "c": _c, "safetensors": _safetensors,
-}  # fmt: skip

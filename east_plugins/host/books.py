@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import logging
 from collections.abc import MutableMapping
 
@@ -10,7 +9,7 @@ from torch import Tensor, nn
 
 from ..errors import UsageError
 from ..ops.active import Active
-from ..ops.maskable import layers, unwrap
+from ..ops.maskable import unwrap
 from ..ops.select import fetch
 from .layers import Column, MaskedWeight
 
@@ -30,27 +29,27 @@ class Books:
         self.theoretical_size = 0
         self._records: dict[str, MaskedWeight] = {}
 
-    @functools.cached_property
+    @property
     def masks(self) -> MutableMapping[str, Tensor]:
         """The masks by the weights' names; `pop` is `remove_weight`."""
         return Column(self._records, "mask", remove=self.remove_weight)
 
-    @functools.cached_property
+    @property
     def fired_masks(self) -> MutableMapping[str, Tensor]:
         """Which weights were active at least once so far."""
         return Column(self._records, "fired", remove=self.remove_weight)
 
-    @functools.cached_property
+    @property
     def weights(self) -> MutableMapping[str, nn.Parameter]:
         """The parameters that are masked."""
         return Column(self._records, "weight", remove=self.remove_weight)
 
-    @functools.cached_property
+    @property
     def name2nonzeros(self) -> MutableMapping[str, int]:
         """Number of active weights."""
         return Column(self._records, "count", remove=self.remove_weight)
 
-    @functools.cached_property
+    @property
     def num_remove(self) -> MutableMapping[str, int]:
         """Number of weights that the last topology update dropped."""
         return Column(self._records, "dropped")
@@ -77,9 +76,8 @@ class Books:
 
         Raises `UsageError` for an unknown one.
         """
-        weight = self._records.pop(self._full(name)).weight
-        uses = sum(module.weight is weight for _, module in layers(unwrap(self.modules[0])))
-        self.theoretical_size -= uses * weight.numel()
+        record = self._records.pop(self._full(name))
+        self.theoretical_size -= record.uses * record.weight.numel()
 
     def remove_weight_partial_name(self, partial_name: str) -> None:
         """Stop masking every weight whose name contains `partial_name`."""
@@ -88,9 +86,11 @@ class Books:
 
     def remove_type(self, nn_type: type[nn.Module]) -> None:
         """Stop masking the weights of every module of class `nn_type`."""
-        for name, module in unwrap(self._module("remove_type")).named_modules():
-            if isinstance(module, nn_type) and f"{name}.weight" in self._records:
-                self.remove_weight(f"{name}.weight")
+        for module in unwrap(self._module("remove_type")).modules():
+            if isinstance(module, nn_type):
+                own = {id(parameter) for parameter in module.parameters(recurse=False)}
+                for name in [name for name, record in self._records.items() if id(record.weight) in own]:
+                    self.remove_weight(name)
 
     def fired_masks_update(self) -> tuple[dict[str, float], float]:
         """Share of weights active at least once so far: per layer, and of all maskable ones of the unshared network, as

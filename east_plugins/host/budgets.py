@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +12,35 @@ from ..errors import UsageError
 from ..ops.counts import apportion
 from ..plugins import registry
 from ..plugins.allocation.layerwise import budgets, random_mask
+from .layers import block_names
+
+
+class _Matrix(Protocol):
+    """A weight that is masked, or chosen to be."""
+
+    weight: nn.Parameter
+    blocks: int
+
+
+def blocks(weights: Mapping[str, _Matrix]) -> dict[str, Tensor]:
+    """Every matrix that has a budget of its own, by its name."""
+    found: dict[str, Tensor] = {}
+    for name, each in weights.items():
+        found.update(zip(block_names(name, each.blocks), each.weight.detach().chunk(each.blocks), strict=True))
+    return found
+
+
+def draw(
+    allocation: Allocation,
+    model: nn.Module,
+    weights: Mapping[str, _Matrix],
+    total: int,
+    input_shape: Sequence[int] | None,
+    generator: torch.Generator,
+) -> dict[str, Tensor]:
+    """Boolean masks of the weights, `total` active ones over all; raises as `Allocation.draw`."""
+    drawn = allocation.draw(model, blocks(weights), total, input_shape, generator)
+    return {name: torch.cat([drawn[key] for key in block_names(name, each.blocks)]) for name, each in weights.items()}
 
 
 class Allocation:
@@ -36,12 +65,17 @@ class Allocation:
         counts = self.budgets(weights, total)
         if not self.meta.get("draws"):
             return {name: random_mask(weight.shape, counts[name], generator) for name, weight in weights.items()}
-        if input_shape is None:
+        if input_shape is None and self.follows:
             raise UsageError(f"`sparse_init` {self.name} needs add_module(..., input_shape=(channels, height, width))")
         masks = self.rule(model, counts, input_shape, generator)
         if self.meta.get("keeps_counts"):  # the scores, not the allocation, gave the layers their shares
             self.take({name: int(mask.sum()) for name, mask in masks.items()})
         return masks
+
+    @property
+    def follows(self) -> bool:
+        """Whether masks are drawn along the network."""
+        return bool(self.meta.get("draws")) and self.meta.get("needs_input", True)
 
     def take(self, drawn: dict[str, int] | None) -> None:
         """Give every layer its share of these counts from here on."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Mapping, MutableMapping
+from collections.abc import Callable, Collection, Iterator, Mapping, MutableMapping, Sequence
 from typing import Any
 
 import torch
@@ -20,20 +20,23 @@ class MaskedWeight:
 
     Attributes:
         weight: the parameter, dense.
+        blocks: matrices that lie in it one below the other, each with a budget of its own.
+        uses: layers of the model that compute with it.
         mask: boolean, True is active; of the weight's shape, and on its device.
         fired: boolean, active at least once so far.
         momentum: dense running average of gradients, where a rule needs it.
         dropped: active weights that the last topology update dropped; None before the first.
     """
 
-    def __init__(self, name: str, weight: nn.Parameter, mask: Tensor):
-        self.name, self.weight = name, weight
+    def __init__(self, name: str, weight: nn.Parameter, mask: Tensor, blocks: int = 1, uses: int = 1):
+        self.name, self.weight, self.blocks, self.uses = name, weight, blocks, uses
         self._mask = mask.to(weight.device, torch.bool)
         self.fired = self._mask.clone()
         self.momentum: Tensor | None = None
         self.dropped: int | None = None
         self._counted: tuple[Tensor, int, int] | None = None
         self._found: tuple[Tensor, int, Active] | None = None
+        self.written = False  #: whether somebody else than the host changed the mask since the weight was masked
 
     @property
     def mask(self) -> Tensor:
@@ -46,20 +49,26 @@ class MaskedWeight:
     def mask(self, mask: Tensor) -> None:
         if mask.shape != self.weight.shape:
             raise UsageError(f"mask of {self.name}: shape must be {list(self.weight.shape)}, got {list(mask.shape)}")
-        self._mask = mask.bool()
+        self._mask, self.written = mask.bool(), True
 
     @property
     def count(self) -> int:
         """Number of active weights. Counted, for which the host waits for the device, only where somebody else than
         the host wrote to the mask."""
         if self._counted is None or self._counted[0] is not self._mask or self._counted[1] != self._mask._version:
-            self.count = int(self._mask.sum())
+            self.count, self.written = int(self._mask.sum()), self._counted is not None
         assert self._counted is not None
         return self._counted[2]
 
     @count.setter
     def count(self, count: int) -> None:
         self._counted = self._mask, self._mask._version, count
+
+    @property
+    def rewritten(self) -> bool:
+        """Whether somebody else changed the mask since the weight was masked."""
+        _ = self.count  # looks at the mask
+        return self.written
 
     @property
     def active(self) -> Active:
@@ -69,18 +78,38 @@ class MaskedWeight:
             self._found = mask, mask._version, Active(mask, self.count)
         return self._found[2]
 
-    def seen(self, generator: torch.Generator, needs_grad: bool) -> Layer:
-        """The record as rules see it: gradients are averaged over all ranks."""
-        grad, momentum = self.weight.grad if needs_grad else None, self.momentum
-        return Layer(
-            name=self.name,
-            weight=self.weight.detach(),
-            mask=self.mask,
-            fired=self.fired,
-            generator=generator,
-            dense_grad=None if grad is None else distributed.mean(grad),
-            dense_momentum=None if momentum is None else distributed.mean(momentum),
-        )
+    @property
+    def keys(self) -> list[str]:
+        """Names of the blocks; the weight's own where it is one."""
+        return block_names(self.name, self.blocks)
+
+    def places(self) -> list[Tensor]:
+        """Flat indices of the active weights of every block, counted from the block's first weight."""
+        flat, size = self.active.flat, self.weight.numel() // self.blocks
+        if self.blocks == 1:
+            return [flat]
+        return [flat[(flat >= i * size) & (flat < (i + 1) * size)] - i * size for i in range(self.blocks)]
+
+    def seen(self, generator: torch.Generator, needs: Collection[str], some_have_gradients: bool) -> list[Layer]:
+        """The blocks as rules see them: gradients are averaged over all ranks. Where `some_have_gradients` and this
+        weight has none, its are zero."""
+        weight, grad, average = self.weight.detach(), self.weight.grad, self.momentum
+        none = weight.new_zeros(()).expand_as(weight) if some_have_gradients else None
+        grad = (none if grad is None else distributed.mean(grad)) if "grad" in needs else None
+        average = (none if average is None else distributed.mean(average)) if "momentum" in needs else None
+        columns = (self._split(tensor) for tensor in (weight, self.mask, self.fired, grad, average))
+        return [
+            Layer(key, each, mask, fired, generator, part, momentum)
+            for key, each, mask, fired, part, momentum in zip(self.keys, *columns, strict=True)
+        ]
+
+    def _split(self, tensor: Any) -> Sequence[Any]:
+        return [tensor] * self.blocks if tensor is None or self.blocks == 1 else tensor.chunk(self.blocks)
+
+
+def block_names(name: str, blocks: int) -> list[str]:
+    """What the blocks of a weight are called in budgets."""
+    return [name] if blocks == 1 else [f"{name}[{i}]" for i in range(blocks)]
 
 
 class Column(MutableMapping[str, Any]):

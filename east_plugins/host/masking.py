@@ -7,7 +7,7 @@ import dataclasses
 import functools
 import logging
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -15,21 +15,24 @@ from torch import Tensor, nn
 
 from ..errors import UsageError
 from ..ops import distributed
-from ..ops.maskable import maskable, modules_of, theoretical_size, unwrap
+from ..ops.maskable import modules_of, unwrap
 from ..ops.select import fetch
 from ..plugins.allocation.connected import reconnect
 from ..plugins.density import Constant, check_density
-from ..plugins.protocols import HostPlugin
+from ..plugins.protocols import HostPlugin, Layer
 from . import presets, topology
 from .binding import bound
 from .books import Books
-from .budgets import Allocation
+from .budgets import Allocation, blocks, draw
+from .choice import Exclude, check_followed, choose
 from .gradients import accumulate, all_finite
 from .layers import Column, MaskedWeight
 from .optimizer_state import momentum_factor, state_names, state_tensors
 from .packed import PackedState
+from .scaling import number, steps_between, unscale
 from .stepping import Stepping
 from .values import sparse_fan_in
+from .watch import Stepped, attend
 
 logger = logging.getLogger(__name__)
 
@@ -91,10 +94,10 @@ class Masking(Books):
             raise UsageError(f"growth_death_ratio must be 1 (counts are exact), got {growth_death_ratio}")
         if prune_scope not in ("local", "global"):
             raise UsageError(f"`prune_scope` must be local or global, got {prune_scope!r}")
+        death_rate = number("death_rate", death_rate)
         if not 0 <= death_rate <= 1:
             raise UsageError(f"`death_rate` must be in [0, 1], got {death_rate}")
         state_names(optimizer)  # raises for an optimizer whose state is unknown
-        self.optimizer = optimizer
         self.prune_rate, self.death_rate_decay = death_rate, death_rate_decay
         self.threshold, self.args = threshold, args
         self.keep_connected = keep_connected
@@ -103,24 +106,27 @@ class Masking(Books):
         self.steps = 0
         self._put_off = False  # an update, from a step that a scaler skipped
         self.schedule = schedule
-        self._frequency = getattr(args, "update_frequency", update_frequency)
+        self._frequency = steps_between(getattr(args, "update_frequency", update_frequency))
         if getattr(args, "fix", False):
             self._frequency = None
         self._options = {kind: dict(values) for kind, values in (options or {}).items()}
         if death_mode == "threshold":
             self._options.setdefault("pruning", {}).setdefault("threshold", threshold)
-        self._bind_rules(growth_mode, death_mode, redistribution_mode, prune_scope)
+        self._asked = growth_mode, death_mode, redistribution_mode, prune_scope
+        self._bind_rules(*self._asked)
 
         seed = torch.initial_seed() if seed is None else seed
         self.generator = torch.Generator().manual_seed(distributed.from_rank_0(seed) % 2**63)
-        self._averages = Column(self._records, "momentum")
         self._stepping = Stepping(optimizer, self._records)
+        self._stepped = Stepped()
+        self._in_step = False
 
         # what add_module finds
         self.density, self.sparse_init = 0.0, ""
         self.input_shape: tuple[int, ...] | None = None
         self._final = 0  # active weights at the target density
         self._allocation: Allocation | None = None
+        self._frozen: dict[str, nn.Parameter] = {}
 
     def _bind_rules(self, growth: str | Callable, prune: str | Callable, share: str | Callable, scope: str) -> None:
         self.growth_mode, grow, self.needs = bound("growth", growth, self, self._options.get("growth"))
@@ -155,48 +161,57 @@ class Masking(Books):
         density: float = 0.05,
         sparse_init: str = "ERK",
         *,
+        exclude: Exclude | Iterable[Exclude] = (),
         input_shape: Sequence[int] | None = None,
         weight_init: str = "default",
     ) -> None:
-        """Mask all conv and linear weights of `module` at `density` of its theoretical (unshared) size.
+        """Mask the matrices of `module` that are trained, at `density` of their theoretical (unshared) size: weights
+        of convolutions, linear and bilinear layers, embeddings, recurrent layers (each gate) and attention (each of
+        q, k and v). Frozen weights are left as they are, and count nowhere.
 
         Args:
-            density: active share of the unshared network's maskable weights, in (0, 1].
+            density: active share of the unshared network's masked weights, in (0, 1].
             sparse_init: allocation: ERK, ER, uniform, EPL, EPF, connected, ..., a registered name.
+            exclude: what is left dense: names of parameters or modules, patterns (`layer4.*`), modules, classes.
             input_shape: (channels, height, width) of one input, for `connected` and `keep_connected`.
             weight_init: `default` keeps the values, `sparse-fan-in` redraws them for the active fan-in.
 
-        Raises `UsageError` for a second module (wrap both in one `nn.ModuleDict`), a density out of range, or one
-        too small to give every layer a weight.
+        Raises `UsageError` for a second module (wrap both in one `nn.ModuleDict`), a density out of range, one too
+        small to give every layer a weight, and for layers whose weights cannot be masked.
         """
+        density = number("density", density)
         check_density(density)
         if self.modules:
             raise UsageError("add_module takes one module; wrap several in an nn.ModuleDict")
         if weight_init not in ("default", "sparse-fan-in"):
             raise UsageError(f"`weight_init` must be default or sparse-fan-in, got {weight_init!r}")
-        model = unwrap(module)
-        weights = maskable(model)
-        if not weights:
-            raise UsageError("the model has no conv or linear weights to mask")
         if self.keep_connected and input_shape is None:
             raise UsageError("keep_connected needs add_module(..., input_shape=(channels, height, width))")
+        chosen, frozen = choose(module, exclude)
+        if not chosen:
+            raise UsageError("the model has no conv or linear weights to mask" + " that are trained" * bool(frozen))
         schedule = self.schedule or Constant(density, self._frequency)
         if not math.isclose(schedule.target, density):
             raise UsageError(f"`density` {density:g} differs from the schedule's target {schedule.target:g}")
-        if not {id(p) for group in self.optimizer.param_groups for p in group["params"]} & {*map(id, weights.values())}:
+        if not _holds(self.optimizer, (each.weight for each in chosen.values())):
             raise UsageError("the optimizer has none of the model's conv and linear weights: is it another model's?")
         shape = None if input_shape is None else tuple(input_shape)
-        size = theoretical_size(model)
-        final, room = round(density * size), sum(weight.numel() for weight in weights.values())
+        size = sum(each.uses * each.weight.numel() for each in chosen.values())
+        final, room = round(density * size), sum(each.weight.numel() for each in chosen.values())
         allocation = Allocation(sparse_init, self._options.get("allocation"))
-        drawn = allocation.draw(model, weights, _wanted(schedule, 0, final, room), shape, self.generator)
+        if self.keep_connected or allocation.follows:
+            check_followed("keep_connected" if self.keep_connected else f"`sparse_init` {sparse_init}", chosen)
+        drawn = draw(allocation, unwrap(module), chosen, _wanted(schedule, 0, final, room), shape, self.generator)
         self.density, self.sparse_init, self.schedule, self.input_shape = density, sparse_init, schedule, shape
         self.modules, self.theoretical_size, self._final, self._allocation = [module], size, final, allocation
-        masks = distributed.from_rank_0(drawn)
-        self._records.update({name: MaskedWeight(name, weights[name], mask) for name, mask in masks.items()})
+        self._frozen = frozen
+        for name, mask in distributed.from_rank_0(drawn).items():
+            each = chosen[name]
+            self._records[name] = MaskedWeight(name, each.weight, mask, each.blocks, each.uses)
         if weight_init == "sparse-fan-in":
-            sparse_fan_in(weights, self.masks, self.generator, modules_of(model))
+            sparse_fan_in(self.weights, self.masks, self.generator, modules_of(unwrap(module)))
         self.apply_mask()
+        attend(self)
         logger.info("%s of %s weights active (density %g)", self.nonzeros, self.theoretical_size, density)
 
     def remove_weight(self, name: str) -> None:
@@ -205,7 +220,8 @@ class Masking(Books):
         The other layers keep their budgets, the removed one's goes with it. Raises `UsageError` for an unknown name.
         """
         name = self._full(name)
-        self._final -= self._budgets(self._final)[name]
+        budgets = self._budgets(self._final)
+        self._final -= sum(budgets[key] for key in self._records[name].keys)
         super().remove_weight(name)
 
     @property
@@ -232,52 +248,94 @@ class Masking(Books):
         as ever). Returns what the optimizer's step returns.
         """
         self._module("step")
+        self._stepped.check("host", self.optimizer)
         if scaler is not None:
-            scaler.unscale_(self.optimizer)
+            unscale(scaler, self.optimizer)
         due = self._due_next
         if due and scaler is not None and not all_finite(self._stepping.gradients().values()):
             due, self._put_off = False, True  # the scaler skips this step, whose gradients say nothing
-        elif due:
-            self._put_off = False
         prepared = functools.partial(self._prepared, due, scaler is not None)
-        if closure is not None:
-            result = self._stepping.with_closure(self.optimizer.step, closure, prepared)
-        else:
-            with prepared():
-                result = self.optimizer.step() if scaler is None else scaler.step(self.optimizer)
-        self._stepped(due)
+        self._in_step = True
+        try:
+            if closure is not None:
+                result = self._stepping.with_closure(closure, prepared)
+            else:
+                with prepared():
+                    result = self.optimizer.step() if scaler is None else scaler.step(self.optimizer)
+        finally:
+            self._in_step = False
+        self._finish(due, "host")
         return result
 
     def _prepared(self, due: bool, skip_infinite: bool) -> contextlib.AbstractContextManager:
         """Around the optimizer's step. `skip_infinite`: a scaler may skip it because of gradients that overflowed."""
+        self._track_momentum(skip_infinite)
+        return self._stepping.prepared(due and "grad" in self.needs, self.engine)
+
+    def _track_momentum(self, skip_infinite: bool) -> None:
         if "momentum" in self.needs:
             grads = self._stepping.gradients()
             if skip_infinite:
                 grads = {name: grad.nan_to_num(0, 0, 0) for name, grad in grads.items()}
-            accumulate(self._averages, grads, momentum_factor(self.optimizer))
-        return self._stepping.prepared(due and "grad" in self.needs, self.engine)
+            accumulate(Column(self._records, "momentum"), grads, momentum_factor(self.optimizer))
 
-    def _stepped(self, due: bool) -> None:
+    def _finish(self, due: bool, by: str) -> None:
         """All that follows the optimizer's step."""
         self.steps += 1
         self._decay_rate()
         if due:
+            self._put_off = False
             with self._stepping.dense_gradients():
                 self.truncate_weights()
                 self.print_nonzero_counts()
         for plugin in self.plugins:
             plugin(self)
+        self._tell_unfrozen()
+        self._stepping.left(updated=due)
+        self._stepped.note(by, self.optimizer)
         if self.engine is not None:
             self.engine.stepped()
 
-    @torch.no_grad()
+    def before_step_of(self, optimizer: torch.optim.Optimizer) -> None:
+        """Called before every step of any optimizer that is not made by `step()`."""
+        if optimizer is self.optimizer and not self._in_step:
+            self._stepped.check("optimizer", optimizer)
+            self.packed.unpack()
+
+    def after_step_of(self, optimizer: torch.optim.Optimizer) -> None:
+        """Called after it. A step of the host's own optimizer is taken as one of the host's, the update included;
+        after one of another optimizer the weights that it holds are masked."""
+        if self._in_step:
+            return
+        if optimizer is not self.optimizer:
+            if held := self._stepping.held_by(optimizer):
+                self._stepping.mask(held, optimizer)
+            return
+        due = self._due_next
+        self._track_momentum(skip_infinite=False)
+        self.apply_mask()
+        self._finish(due, "optimizer")
+
+    @property
+    def optimizer(self) -> torch.optim.Optimizer:
+        """The optimizer that `step()` steps. Another one can be set at any time; it begins with the state it has."""
+        return self._stepping.optimizer
+
+    @optimizer.setter
+    def optimizer(self, optimizer: torch.optim.Optimizer) -> None:
+        state_names(optimizer)
+        if self._records and not _holds(optimizer, self.weights.values()):
+            raise UsageError("optimizer: it has none of the masked weights; is it another model's?")
+        copies = self.packed.copies
+        self.packed.unpack()
+        self._stepping = Stepping(optimizer, self._records)
+        self.packed.copies = copies
+        self.apply_mask()
+
     def apply_mask(self) -> None:
-        """Set inactive weights and their optimizer state to zero; needed only after somebody else changed them."""
-        for record in self._records.values():
-            for tensor in (record.weight, *state_tensors(self.optimizer, record.weight)):
-                tensor.masked_fill_(~record.mask, 0)
-            self._stepping.follow(record)
-        self._stepping.masked.follow(self.masks)
+        """Set inactive weights and their optimizer state to zero. Every step does so by itself where somebody else
+        wrote to them."""
+        self._stepping.mask(self._records.values())
 
     @torch.no_grad()
     def truncate_weights(self) -> None:
@@ -288,33 +346,44 @@ class Masking(Books):
         """
         self._module("truncate_weights")
         self._check_dense_gradients()
+        self._stepping.mask_what_others_wrote()
         records = list(self._records.values())
         before = [record.active for record in records]
         masks = {record.name: record.mask.clone() for record in records} if self.keep_connected else {}
-        budgets = self._budgets(self.target_nonzeros(self.steps))
-        changes = [
-            topology.Change(record.seen(self.generator, "grad" in self.needs), active.flat, budgets[record.name])
-            for record, active in zip(records, before, strict=True)
-        ]
-        rate = self.prune_rate if getattr(self.schedule, "replaces", True) else 0.0
-        topology.update(changes, self._rules, rate, self.generator)
+        changes = self._changes()
+        topology.update([change for parts in changes for change in parts], self._rules, self.generator)
         if self.keep_connected:
-            self._reconnect(changes, masks)
+            self._reconnect([change.layer for parts in changes for change in parts], masks)
         gone = [~record.mask.view(-1)[active.flat] for record, active in zip(records, before, strict=True)]
         numbers = fetch([each.sum().view(1) for each in gone])
-        for record, change, active, dropped, n in zip(records, changes, before, gone, numbers, strict=True):
-            record.count, record.dropped = change.count, int(n)
+        for record, parts, active, dropped, n in zip(records, changes, before, gone, numbers, strict=True):
+            record.count, record.dropped = sum(change.count for change in parts), int(n)
             record.fired |= record.mask
-            for tensor in (change.layer.weight, *state_tensors(self.optimizer, record.weight)):
+            for tensor in (record.weight.detach(), *state_tensors(self.optimizer, record.weight)):
                 active.drop(tensor, dropped)
-            self._stepping.follow(record)
+            self.packed.move(record.weight, record.active)
         self._stepping.masked.follow(self.masks)
+        self._stepping.left(updated=True)
 
-    def _reconnect(self, changes: Sequence[topology.Change], before: dict[str, Tensor]) -> None:
+    def _changes(self) -> list[list[topology.Change]]:
+        """What an update is to do with the blocks of every weight. Those that get no gradient stay, as far as the
+        density lets them."""
+        budgets = self._budgets(self.target_nonzeros(self.steps))
+        rate = self.prune_rate if getattr(self.schedule, "replaces", True) else 0.0
+        some = bool(self.needs) and any(record.weight.grad is not None for record in self._records.values())
+        changes = []
+        for record in self._records.values():
+            seen = record.seen(self.generator, self.needs, some)
+            still = not record.weight.requires_grad or (some and record.weight.grad is None)
+            parts = zip(record.keys, seen, record.places(), strict=True)
+            changes.append([topology.Change(each, at, budgets[key], 0.0 if still else rate) for key, each, at in parts])
+        return changes
+
+    def _reconnect(self, seen: Sequence[Layer], before: dict[str, Tensor]) -> None:
         """Bring what an update left off path back onto paths, by importance and by growth score."""
         assert self.input_shape is not None
         scores = {}
-        for layer in (change.layer for change in changes):
+        for layer in seen:
             known = layer.mask | before[layer.name]
             scores[layer.name] = torch.where(known, self._rules.prune(layer, 0), self._rules.grow(layer, 0))
         reconnect(unwrap(self.modules[0]), self.masks, before, scores, self.input_shape, self.generator)
@@ -328,7 +397,7 @@ class Masking(Books):
         return {
             "masks": dict(self.masks),
             "fired_masks": dict(self.fired_masks),
-            "momentum": dict(self._averages),
+            "momentum": dict(Column(self._records, "momentum")),
             "steps": self.steps,
             "put_off": self._put_off,
             "death_rate": self.prune_rate,
@@ -343,23 +412,41 @@ class Masking(Books):
         Raises `UsageError` where the state's layers are not this model's.
         """
         self._module("load_state_dict")
+        if missing := {"masks", "steps"} - set(state):
+            raise UsageError(f"load_state_dict: this is no host's state, it has no {' and no '.join(sorted(missing))}")
         masks = state["masks"]
         if wrong := set(masks) ^ set(self.masks) or {n for n in masks if masks[n].shape != self.masks[n].shape}:
             raise UsageError(f"the saved masks do not fit the model; layers that differ: {', '.join(sorted(wrong))}")
+        fired, averages = state.get("fired_masks", {}), state.get("momentum", {})
         for name, record in self._records.items():
             record.mask.copy_(masks[name])
-            record.fired.copy_(state["fired_masks"][name])
-            average = state["momentum"].get(name)
-            record.momentum = None if average is None else average.to(record.weight.device, copy=True)
-        if state["decay"] is not None:
+            record.fired.copy_(fired.get(name, record.mask))
+            record.momentum = averages[name].to(record.weight.device, copy=True) if name in averages else None
+        if state.get("decay") is not None:
             self.death_rate_decay.load_state_dict(state["decay"])
         elif hasattr(self.death_rate_decay, "get_dr"):  # ITOP's own classes only count
             for _ in range(state["steps"] - self.steps):
                 self.death_rate_decay.step()
-        self.allocation.take(state["drawn"])
-        self.steps, self.prune_rate, self._put_off = state["steps"], state["death_rate"], state["put_off"]
-        self.generator.set_state(state["generator"].cpu())
+        self.allocation.take(state.get("drawn"))
+        self.steps, self._put_off = state["steps"], state.get("put_off", False)
+        self.prune_rate = state.get("death_rate", self.prune_rate)
+        if "generator" in state:
+            self.generator.set_state(state["generator"].cpu())
         self.apply_mask()
+
+    def __getstate__(self) -> dict[str, Any]:
+        self.packed.unpack()
+        left_out = ("_rules", "_stepping", "_stepped", "engine")
+        return {name: value for name, value in vars(self).items() if name not in left_out} | {"_by": self.optimizer}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        optimizer = state.pop("_by")
+        vars(self).update(state)
+        self.engine, self._stepped = None, Stepped()
+        self._bind_rules(*self._asked)
+        self._stepping = Stepping(optimizer, self._records)
+        self._stepping.left()
+        attend(self)
 
     # ------------------------------------------------------------------ ITOP's and sparse_learning's names
 
@@ -385,17 +472,18 @@ class Masking(Books):
     @prune_every_k_steps.setter
     def prune_every_k_steps(self, steps: int | None) -> None:
         if self.schedule is None:
-            self._frequency = Constant(1.0, steps).frequency  # checked there
+            self._frequency = Constant(1.0, steps_between(steps)).frequency  # checked there
         elif "frequency" in getattr(self.schedule, "__dataclass_fields__", ()):
-            self.schedule = dataclasses.replace(self.schedule, frequency=steps)
+            self.schedule = dataclasses.replace(self.schedule, frequency=steps_between(steps))
         else:
             raise UsageError(f"prune_every_k_steps: a {type(self.schedule).__name__} schedule has its own update steps")
 
     def get_momentum_for_weight(self, weight: Tensor) -> Tensor:
-        return self._averages[self._name_of(weight)]
+        return Column(self._records, "momentum")[self._name_of(weight)]
 
     def get_gradient_for_weights(self, weight: Tensor) -> Tensor:
-        return self._records[self._name_of(weight)].seen(self.generator, needs_grad=True).grad.clone()
+        (layer,) = self._records[self._name_of(weight)].seen(self.generator, {"grad"}, False)
+        return layer.grad.clone()
 
     # ------------------------------------------------------------------ inside
 
@@ -412,7 +500,7 @@ class Masking(Books):
         return self._allocation
 
     def _budgets(self, total: int) -> dict[str, int]:
-        return self.allocation.budgets({name: record.weight for name, record in self._records.items()}, total)
+        return self.allocation.budgets(blocks(self._records), total)
 
     def _check_dense_gradients(self) -> None:
         for name in self._records if "grad" in self.needs else ():
@@ -422,6 +510,11 @@ class Masking(Books):
                     "call it after backward() and before step(), or use update_frequency"
                 )
 
+    def _tell_unfrozen(self) -> None:
+        if trained := [name for name, weight in self._frozen.items() if weight.requires_grad]:
+            logger.warning("weights are trained now that were frozen when masks were made, and stay dense: %s", trained)
+            self._frozen = {}
+
     def _decay_rate(self) -> None:
         decay = self.death_rate_decay
         if hasattr(decay, "get_dr"):
@@ -429,6 +522,11 @@ class Masking(Books):
             self.prune_rate = decay.get_dr()
         elif decay is not None:
             self.prune_rate = decay(self.steps)
+
+
+def _holds(optimizer: torch.optim.Optimizer, weights: Iterable[nn.Parameter]) -> bool:
+    held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+    return any(id(weight) in held for weight in weights)
 
 
 def _wanted(schedule: Any, step: int, final: int, room: int) -> int:

@@ -24,7 +24,7 @@ def state_names(optimizer: torch.optim.Optimizer) -> tuple[str, ...]:
     known = ", ".join(cls.__name__ for cls in STATE_TENSORS)
     raise UsageError(
         f"optimizer {type(optimizer).__name__} is not supported; allowed: {known}, "
-        "or add its state to east_plugins.ops.optimizer_state.STATE_TENSORS"
+        "or add its state to east_plugins.host.optimizer_state.STATE_TENSORS"
     )
 
 
@@ -32,6 +32,17 @@ def state_tensors(optimizer: torch.optim.Optimizer, weight: Tensor) -> list[Tens
     """The dense state tensors that exist so far for `weight`, each of the weight's shape (packed state is none)."""
     tensors = (optimizer.state.get(weight, {}).get(name) for name in state_names(optimizer))
     return [tensor for tensor in tensors if isinstance(tensor, Tensor) and tensor.shape == weight.shape]
+
+
+def all_state_tensors(optimizer: torch.optim.Optimizer, weight: Tensor) -> list[Tensor]:
+    """The same for an optimizer of any class: whatever has the weight's shape."""
+    tensors = optimizer.state.get(weight, {}).values()
+    return [tensor for tensor in tensors if isinstance(tensor, Tensor) and tensor.shape == weight.shape]
+
+
+def is_elementwise(optimizer: torch.optim.Optimizer) -> bool:
+    """Whether the optimizer is known to treat every number by itself; a subclass may do anything."""
+    return type(optimizer) in STATE_TENSORS
 
 
 def momentum_factor(optimizer: torch.optim.Optimizer) -> float:

@@ -12,7 +12,9 @@ from torch import Tensor, nn
 from ..ops.active import Active
 from .gradients import MaskedGradients
 from .layers import MaskedWeight
+from .optimizer_state import all_state_tensors, is_elementwise
 from .packed import PackedState
+from .watch import Watch
 
 #: Layers of a smaller active share are stepped packed on the CPU; all others dense with masked gradients, which on an
 #: accelerator costs fewer operations and keeps a CUDA graph of a step valid when the topology changes.
@@ -23,28 +25,40 @@ class Stepping:
     """Steps of one optimizer over the weights of a host.
 
     Every supported optimizer leaves a weight at zero that has zero gradient and zero state, so that it is enough to
-    mask the gradients.
+    mask the gradients; after a step of a subclass, which may do anything, weights and state are masked as well. What
+    somebody else wrote to weights, masks or state is masked before the step.
 
     Attributes:
+        optimizer: of a known class, or derived from one.
         packed: the optimizer's state of the weights that are stepped packed.
         masked: which gradients were masked.
     """
 
     def __init__(self, optimizer: torch.optim.Optimizer, records: Mapping[str, MaskedWeight]):
-        self.records = records
+        self.optimizer, self.records = optimizer, records
         self.packed = PackedState(optimizer)
         self.masked = MaskedGradients()
+        self._watch = Watch(records)
         self._dense: dict[str, Tensor] = {}
+        self._probed: list[str] = []
 
     @contextlib.contextmanager
     def prepared(self, keep_dense: bool, engine: Any) -> Iterator[None]:
         """Inside, the optimizer's step moves active weights only. `keep_dense` keeps the gradients as they were before
         they are masked, for `dense_gradients`; `engine` is the sparse engine, where one is attached."""
+        self.mask_what_others_wrote()
         sets, dense = self._split(engine)
         self._dense = {name: grad.clone() for name, grad in self.gradients(dense).items()} if keep_dense else {}
+        if keep_dense and engine is not None:
+            self._dense |= engine.dense_gradients()
         self._mask_gradients(dense)
         with self.packed.stepping(sets):
+            if self.packed.written:  # in ways that leave no trace but the values
+                self._mask_weights(self.packed.written)
+                self.packed.written = []
             yield
+        if not is_elementwise(self.optimizer):
+            self.mask(self.records.values())
 
     @contextlib.contextmanager
     def dense_gradients(self) -> Iterator[None]:
@@ -55,46 +69,83 @@ class Stepping:
         self._mask_gradients(self._dense)
         self._dense = {}
 
-    def with_closure(
-        self, step: Callable, closure: Callable, prepared: Callable[[], contextlib.AbstractContextManager]
-    ) -> Any:
-        """An optimizer's `step(closure)`, prepared once the closure has made the gradients."""
+    def with_closure(self, closure: Callable, prepared: Callable[[], contextlib.AbstractContextManager]) -> Any:
+        """The optimizer's `step(closure)`, prepared once the closure has made the gradients."""
         with contextlib.ExitStack() as stack:
 
             def then_prepared() -> Any:
-                loss = closure()
+                with torch.enable_grad():
+                    loss = closure()
                 stack.enter_context(prepared())
                 return loss
 
-            return step(then_prepared)
+            return self.optimizer.step(then_prepared)
+
+    @torch.no_grad()
+    def mask(self, records: Iterable[MaskedWeight], optimizer: torch.optim.Optimizer | None = None) -> None:
+        """Set inactive weights to zero, and their state in the optimizer, or in another one."""
+        records = list(records)
+        for record in records:
+            for tensor in (record.weight, *all_state_tensors(optimizer or self.optimizer, record.weight)):
+                tensor.masked_fill_(~record.mask, 0)
+            self.packed.move(record.weight, record.active)
+            record.written = False
+        self.masked.follow({record.name: record.mask for record in records})
+        self._watch.left([record.name for record in records])
+
+    def held_by(self, optimizer: torch.optim.Optimizer) -> list[MaskedWeight]:
+        """The weights that are in an optimizer."""
+        held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+        return [record for record in self.records.values() if id(record.weight) in held]
+
+    def left(self, updated: bool = False) -> None:
+        """Note how the weights are left; `updated`: after a topology update."""
+        self._watch.left(probed=self._probed)
+        if updated:
+            self.packed.remember({record.weight: record.active for record in self.records.values()})
 
     def gradients(self, names: Iterable[str] | None = None) -> dict[str, Tensor]:
         """Gradients by name, of the weights that have one."""
         grads = {name: self.records[name].weight.grad for name in (self.records if names is None else names)}
         return {name: grad for name, grad in grads.items() if grad is not None}
 
-    def follow(self, record: MaskedWeight) -> None:
-        """Bring the packed state of a weight to its active set."""
-        self.packed.move(record.weight, record.active)
-
     def masked_already(self, name: str) -> bool:
         """Whether the gradient of a weight, as it is, was masked by a step."""
         return self.masked.has_masked(name, self.records[name].weight.grad)
+
+    def mask_what_others_wrote(self) -> None:
+        """Mask weights and state that somebody else wrote to, or whose masks were."""
+        if self.packed.loaded:
+            self.packed.loaded = False
+            self.mask(self.records.values())
+        elif written := self._watch.written():
+            self.mask([self.records[name] for name in written])
+
+    def _mask_weights(self, parameters: Iterable[nn.Parameter]) -> None:
+        wanted = {id(parameter) for parameter in parameters}
+        with torch.no_grad():
+            for record in self.records.values():
+                if id(record.weight) in wanted:
+                    record.weight.masked_fill_(~record.mask, 0)
+
+    def _packs(self, record: MaskedWeight) -> bool:
+        few = record.count < PACK_BELOW * record.weight.numel()
+        return few and record.weight.device.type == "cpu" and is_elementwise(self.optimizer)
 
     def _split(self, engine: Any) -> tuple[dict[nn.Parameter, Active | None], list[str]]:
         """The active set of each weight with a gradient, None where it is stepped densely, and the names of those
         whose gradients are to be masked for that."""
         sets: dict[nn.Parameter, Active | None] = {}
-        masked = []
+        masked, self._probed = [], []
         for name, record in self.records.items():
-            weight = record.weight
-            if weight.grad is None:
+            if record.weight.grad is None:
                 continue
-            count, size = record.count, weight.numel()
-            packed = count < PACK_BELOW * size and weight.device.type == "cpu"
-            sets[weight] = record.active if packed else None
-            if not packed and count < size and not (engine and engine.masks_gradient(name)):
-                masked.append(name)
+            packed = self._packs(record)
+            sets[record.weight] = record.active if packed else None
+            if not packed and record.count < record.weight.numel():
+                self._probed.append(name)
+                if not (engine and engine.masks_gradient(name)):
+                    masked.append(name)
         return sets, masked
 
     def _mask_gradients(self, names: Iterable[str]) -> None:

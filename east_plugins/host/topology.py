@@ -37,6 +37,7 @@ class Change:
         layer: as the rules see it; its mask is written to.
         places: flat indices of the weights that are active at first.
         budget: active weights that it shall have, where nothing is redistributed.
+        rate: share of its weights that is replaced.
         importance: of the weights at `places`, on the CPU.
         base: active weights that remain at the smaller of the present and the wanted density.
         kept: active weights that are not dropped.
@@ -46,6 +47,7 @@ class Change:
     layer: Layer
     places: Tensor
     budget: int
+    rate: float
     importance: Tensor = field(default_factory=lambda: torch.empty(0))
     base: int = 0
     kept: int = 0
@@ -65,11 +67,11 @@ class Change:
         return int(torch.isposinf(self.importance).sum())
 
 
-def update(changes: Sequence[Change], rules: Rules, rate: float, generator: torch.Generator) -> None:
+def update(changes: Sequence[Change], rules: Rules, generator: torch.Generator) -> None:
     """Prune and grow in place; each layer's active count afterwards is its `count`, and all counts sum to the sum of
     the budgets exactly.
 
-    Of the weights that remain at the smaller of the present and the wanted density a share `rate` is replaced;
+    Of the weights that remain at the smaller of the present and the wanted density the layer's `rate` is replaced;
     with a rising density more is grown, with a falling one more is dropped. Weights whose importance is `inf` are
     not replaced. Every layer keeps at least one active weight.
     """
@@ -77,7 +79,7 @@ def update(changes: Sequence[Change], rules: Rules, rate: float, generator: torc
     scores = [rules.prune(change.layer, 0).reshape(-1)[change.places] for change in changes]
     for change, importance in zip(changes, fetch(scores, None), strict=True):
         change.importance = importance  # of few weights: the host selects faster than it can ask a device to
-    _count(changes, rules, rate)
+    _count(changes, rules)
     least = together([lowest(change.importance, change.active - change.kept, generator) for change in changes])
     for change, dropped in zip(changes, upload(least, device), strict=True):
         change.layer.mask.view(-1).index_fill_(0, change.places[dropped.to(change.places.device)], False)
@@ -100,13 +102,13 @@ def _shares(rules: Rules, changes: Sequence[Change]) -> list[float] | None:
     return [max(0.0, float(share)) for share in fetch(found, torch.float64)]
 
 
-def _count(changes: Sequence[Change], rules: Rules, rate: float) -> None:
+def _count(changes: Sequence[Change], rules: Rules) -> None:
     """Find how many weights each layer keeps, and how many it has afterwards."""
     shares = _shares(rules, changes)
     total = sum(change.budget for change in changes)
     base = min(sum(change.active for change in changes), total)
     if shares is not None and rules.scope == "local":
-        _drop_over_all(changes, base, rate)
+        _drop_over_all(changes, base)
         return _grow(changes, shares, total)
     if rules.scope == "global":
         _keep_most_important(changes, base)
@@ -114,7 +116,7 @@ def _count(changes: Sequence[Change], rules: Rules, rate: float) -> None:
         for change in changes:
             change.base = min(change.active, change.budget)
     for change in changes:
-        change.kept = min(change.base, max(change.base - int(rate * change.base), change.fixed))
+        change.kept = min(change.base, max(change.base - int(change.rate * change.base), change.fixed))
         change.count = change.budget
     if shares is not None:
         _grow(changes, shares, total)
@@ -124,9 +126,11 @@ def _count(changes: Sequence[Change], rules: Rules, rate: float) -> None:
             change.count = change.base + more
 
 
-def _drop_over_all(changes: Sequence[Change], base: int, rate: float) -> None:
+def _drop_over_all(changes: Sequence[Change], base: int) -> None:
     """A share of the base is dropped over all layers, in proportion to their active weights."""
-    fixed, active = [change.fixed for change in changes], [change.active for change in changes]
+    active = [change.active for change in changes]
+    fixed = [change.fixed if change.rate else change.active for change in changes]
+    rate = max(change.rate for change in changes)
     kept = min(base, max(base - int(rate * base), sum(fixed), len(changes)))
     lower: int | list[int] = [max(1, f) for f in fixed] if sum(fixed) + len(changes) <= kept else 1
     for change, keep in zip(changes, apportion(active, kept, lower, active), strict=True):

@@ -20,10 +20,10 @@ MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 def figure(width: float, height: float) -> Figure:
     """An empty figure, in inches; raises `MissingExtraError`."""
     try:
-        from matplotlib.figure import Figure
+        import matplotlib.figure
     except ImportError as error:
         raise MissingExtraError("a picture needs matplotlib: pip install 'east_plugins[train]'") from error
-    return Figure(figsize=(width, height), layout="constrained")
+    return matplotlib.figure.Figure(figsize=(width, height), layout="constrained")
 
 
 def filled(number: int) -> dict[str, Any]:

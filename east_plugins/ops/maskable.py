@@ -11,23 +11,27 @@ from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 from .marks import PluginModule
 
 
-def layers(model: nn.Module) -> Iterator[tuple[str, Any]]:
-    """Name and module of every convolution and linear layer in the order of `named_modules`, a module once.
+def walk(model: nn.Module) -> Iterator[tuple[str, Any]]:
+    """Name and module of every module in the order of `named_modules`, a module once.
 
     A `PluginModule` and all inside it are a plugin's own and left out.
     """
 
-    def walk(prefix: str, module: nn.Module) -> Iterator[tuple[str, Any]]:
+    def inside(prefix: str, module: nn.Module) -> Iterator[tuple[str, Any]]:
         if module in seen or isinstance(module, PluginModule):
             return
         seen.add(module)
-        if isinstance(module, (_ConvNd, nn.Linear)):
-            yield prefix, module
+        yield prefix, module
         for name, child in module.named_children():
-            yield from walk(f"{prefix}.{name}" if prefix else name, child)
+            yield from inside(f"{prefix}.{name}" if prefix else name, child)
 
     seen: set[nn.Module] = set()
-    yield from walk("", model)
+    yield from inside("", model)
+
+
+def layers(model: nn.Module) -> Iterator[tuple[str, Any]]:
+    """Name and module of every convolution and linear layer, as `walk` finds them."""
+    return ((name, module) for name, module in walk(model) if isinstance(module, (_ConvNd, nn.Linear)))
 
 
 def maskable(model: nn.Module) -> dict[str, nn.Parameter]:

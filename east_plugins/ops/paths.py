@@ -21,6 +21,7 @@ from torch.utils._pytree import tree_leaves
 from .marks import Marked
 from .maskable import theoretical_size
 from .modes import training_mode
+from .substitute import substituted
 
 #: Operations by name, without leading and trailing underscores.
 IDENTITIES = {
@@ -115,13 +116,15 @@ def run_with(model: nn.Module, weights: Mapping[str, Tensor], x: Tensor, mode: T
     """
     parameters = dict(model.named_parameters(remove_duplicate=False))
     replaced = {id(parameters[name]) for name in weights}
-    others = {
-        name: torch.full((), float(not name.endswith("bias")), device=x.device).expand(parameter.shape)
+    tensors = {
+        id(parameter): torch.full((), float(not name.endswith("bias")), device=x.device).expand(parameter.shape)
         for name, parameter in model.named_parameters()
         if id(parameter) not in replaced and parameter.is_floating_point()
     }
-    with plain_evaluation(model), torch.random.fork_rng([]), mode:
-        outputs = torch.func.functional_call(model, others | dict(weights), (x,))
+    tensors |= {id(parameters[name]): weight for name, weight in weights.items()}
+    tensors |= {id(buffer): buffer.clone() for buffer in model.buffers()}
+    with plain_evaluation(model), substituted(model, tensors), torch.random.fork_rng([]), mode:
+        outputs = model(x)
     return [output for output in tree_leaves(outputs) if isinstance(output, Tensor)]
 
 

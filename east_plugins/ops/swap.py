@@ -7,11 +7,12 @@ original's weights. A swapped class travels with every copy and pickle (torch.nn
 from __future__ import annotations
 
 import types
+from collections.abc import Sequence
 from typing import Any
 
 
 class Swapped:
-    """Base of what is mixed in: objects of the generated class are copied and pickled as (mixin, base, state)."""
+    """Base of what is mixed in: objects of the generated class are copied and pickled as (mixins, base, state)."""
 
     east_mixin: type[Swapped]
     east_base: type
@@ -19,7 +20,12 @@ class Swapped:
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
         reduced = super().__reduce_ex__(max(2, protocol))
         assert isinstance(reduced, tuple)
-        return _new, (self.east_mixin, self.east_base), *reduced[2:]
+        return _new, _parts(type(self)), *reduced[2:]
+
+    @classmethod
+    def east_members(cls, base: type) -> dict[str, Any]:
+        """What a class that mixes this into `base` has besides."""
+        return {}
 
 
 def swap(module: Any, mixin: type[Swapped]) -> None:
@@ -27,9 +33,27 @@ def swap(module: Any, mixin: type[Swapped]) -> None:
     module.__class__ = _subclass(mixin, type(module))
 
 
-def restore(module: Any) -> None:
-    """Undo the last `swap`."""
-    module.__class__ = type(module).east_base
+def restore(module: Any, mixin: type[Swapped] | None = None) -> None:
+    """Undo the `swap` of a mixin, or the last one; what else was mixed in stays."""
+    mixins, base = _parts(type(module))
+    kept = list(mixins)
+    kept.remove(mixins[0] if mixin is None else mixin)
+    module.__class__ = _class(kept, base)
+
+
+def _parts(cls: type) -> tuple[tuple[type[Swapped], ...], type]:
+    """What is mixed into a class, the last one first, and the class itself."""
+    mixins = []
+    while "east_mixin" in vars(cls):
+        mixins.append(vars(cls)["east_mixin"])
+        cls = vars(cls)["east_base"]
+    return tuple(mixins), cls
+
+
+def _class(mixins: Sequence[type[Swapped]], base: type) -> type:
+    for mixin in reversed(mixins):
+        base = _subclass(mixin, base)
+    return base
 
 
 _made: dict[tuple[type[Swapped], type], type] = {}
@@ -48,10 +72,11 @@ def _make(mixin: type[Swapped], base: type) -> type:
         __module__=base.__module__,
         __qualname__=base.__qualname__,
         __doc__=base.__doc__,
+        **mixin.east_members(base),
     )
     return types.new_class(base.__name__, (mixin, base), exec_body=lambda ns: ns.update(namespace))
 
 
-def _new(mixin: type[Swapped], base: type) -> Any:
-    cls = _subclass(mixin, base)
+def _new(mixins: type[Swapped] | Sequence[type[Swapped]], base: type) -> Any:
+    cls = _class((mixins,) if isinstance(mixins, type) else mixins, base)  # one mixin: a pickle of version 0.1
     return cls.__new__(cls)  # type: ignore[call-overload]  # not a metaclass

@@ -36,7 +36,7 @@ def accuracy(cells: Sequence[Cell], path: Path, chance: float, title: str) -> No
     sparsities = sorted({cell.sparsity for cell in grouped})
     methods = list(dict.fromkeys(cell.method for cell in cells))
     groups = [[cell for cell in grouped if cell.sparsity == sparsity] for sparsity in sparsities]
-    figure = figures.figure(3.4 + sum(0.5 * len(group) + 0.4 for group in groups), 4.2)
+    figure = figures.figure(max(5.4, 3.4 + sum(0.5 * len(group) + 0.4 for group in groups)), 4.2)
     axes = figure.subplots()
     places, place = [], 0.0
     for group in groups:

@@ -47,6 +47,8 @@ class Progress:
         """Report one line of `metrics.jsonl`."""
         if self.writer is not None:
             for name, value in line.items():
+                if isinstance(value, dict):  # of the layers
+                    continue
                 self.writer.add_scalar(name, math.nan if value is None else value, line["epoch"])
         if self.bar is None and not self.quiet:
             options = self.trainer.options

@@ -23,7 +23,7 @@ from ..errors import Interrupted, UsageError
 from ..host import presets
 from ..host.masking import Masking
 from ..ops import memory
-from ..ops.paths import effective_density
+from ..ops.paths import effective_density, on_path
 from ..options.config import Config, Resolved
 from ..sparse import Engine
 from . import runs
@@ -187,6 +187,8 @@ class Trainer:
 
     def _evaluate(self) -> dict[str, Any]:
         """The epoch's line of `metrics.jsonl`; keeps the network where it is the best so far."""
+        live = on_path(self.model, self.host.masks, self.data.input_shape)
+        layers = {name: [int(mask.sum()), int(live[name].sum())] for name, mask in self.host.masks.items()}
         line = {
             "epoch": self.epoch,
             "loss": self.totals.mean_loss,
@@ -194,11 +196,12 @@ class Trainer:
             "validation_accuracy": self.accuracy(self.data.validation),
             "density": self.density,
             "nonzeros": self.host.nonzeros,
-            "effective_density": effective_density(self.model, self.host.masks, self.data.input_shape),
+            "effective_density": sum(on for _, on in layers.values()) / self.host.theoretical_size,
             "beta": self.beta,
             "lr": self.scheduler.get_last_lr()[0],
             "death_rate": self.host.death_rate,
             "itop_rate": self.host.fired_masks_update()[1],
+            "layers": layers,  # active weights, and those of them on a path
         }
         at_target = self.host.nonzeros == self.host.target_nonzeros(self.total_steps) and self.beta == 0
         if at_target and (self.best is None or line["validation_accuracy"] >= self.best["validation_accuracy"]):

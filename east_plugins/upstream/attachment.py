@@ -109,16 +109,12 @@ class Attachment:
             return
         self.length = length
         self.input_shape = None if input_shape is None else tuple(input_shape)
-        run = Length(1, 1) if length is None else length  # weight sharing alone asks for no length
-        options = self.options.resolve(run.epochs, run.steps_per_epoch, run.first_drop)
+        options = self.options
         check_built_in(model, options)
         if distributed.active() and (options.dyrelu or options.share):
-            raise UsageError("--east-dyrelu and --east-share work in one process only with a script of its own")
-        if options.cyclic:
-            self.cycle = self._cycle(options, _known(length))
-        if options.dyrelu:
-            self.phased = self._activations(options, _known(length), input_shape, model)
-            self.phased.join(optimizer)
+            raise UsageError("`east_dyrelu` and `east_share` work in one process only with a script of its own")
+        if options.cyclic or options.dyrelu:
+            self._follow_time(_known(length), model, optimizer)
         if options.share and not adapter:
             self._share(model)
         self.generator.manual_seed(torch.initial_seed() % 2**63)
@@ -136,32 +132,38 @@ class Attachment:
             self.finished = True
         logger.info("%s", self._summary())
 
+    def _follow_time(self, length: Length, model: nn.Module, optimizer: Optimizer) -> None:
+        """Set up what changes over the run: cycles and activations."""
+        options = self.options.resolve(length.epochs, length.steps_per_epoch, length.first_drop)
+        if options.cyclic:
+            self.cycle = self._cycle(options, length)
+        if options.dyrelu:
+            self.phased = self._activations(options, length, model)
+            self.phased.join(optimizer)
+
     def _cycle(self, options: ResolvedEast, length: Length) -> Cyclic:
         if self.adapter is None:
-            raise UsageError("--east-cyclic needs a host of masks; this run is dense or static and builds none")
+            raise UsageError("`east_cyclic` needs a host of masks; this run is dense or static and builds none")
         self.adapter.check_cycles()
-        frequency = options.cyclic_update_frequency
         if self.options.cyclic_update_frequency is None:
-            frequency = max(frequency, self.adapter.least_frequency)
-        options = dataclasses.replace(options, cyclic_update_frequency=frequency)
+            frequency = max(options.cyclic_update_frequency, self.adapter.least_frequency)
+            options = dataclasses.replace(options, cyclic_update_frequency=frequency)
         end = self.adapter.last_update(length.steps)
         schedule = options.density_schedule(self.adapter.density, length.steps_per_epoch, self.adapter.frequency, end)
         assert isinstance(schedule, Cyclic)
         return schedule
 
-    def _activations(
-        self, options: ResolvedEast, length: Length, input_shape: Sequence[int] | None, model: nn.Module
-    ) -> PhasedActivations:
-        if input_shape is None:
-            raise UsageError("--east-dyrelu needs a model that is called with one tensor, a batch of inputs")
+    def _activations(self, options: ResolvedEast, length: Length, model: nn.Module) -> PhasedActivations:
+        if self.input_shape is None:
+            raise UsageError("`east_dyrelu` needs a model that is called with one tensor, a batch of inputs")
         if options.dyrelu_end > length.epochs:
             raise UsageError(
-                f"--east-dyrelu-end {options.dyrelu_end:g} lies after the last of {length.epochs:g} epochs"
+                f"`east_dyrelu_end` {options.dyrelu_end:g} lies after the last of {length.epochs:g} epochs"
             )
         factory = activations.factory(options.dyrelu_type, reduction=options.dyrelu_reduction)
         generator = torch.Generator().manual_seed(torch.initial_seed() % 2**63)
         phase_out = options.phase_out(length.steps_per_epoch)
-        return attach_activations(model, factory, input_shape, phase_out=phase_out, generator=generator)
+        return attach_activations(model, factory, self.input_shape, phase_out=phase_out, generator=generator)
 
     def _share(self, model: nn.Module) -> float:
         share(model, self.options.share_from, self.optimizer)
@@ -266,15 +268,15 @@ def check_built_in(model: nn.Module, options: EastOptions) -> None:
     """Raise `UsageError` where a network brings with it what the options would add: DyReLU, or ES2's weight sharing."""
     for name, module in model.named_modules():
         if options.dyrelu and type(module).__name__.startswith("DyReLU"):
-            raise UsageError(f"--east-dyrelu: the network has DyReLU of its own, {type(module).__name__} at {name}")
+            raise UsageError(f"`east_dyrelu`: the network has DyReLU of its own, {type(module).__name__} at {name}")
     shared = getattr(model, "get_shared_para", int)()
     if options.share and shared:
-        raise UsageError(f"--east-share: the network shares {shared:,} weights between its blocks by itself")
+        raise UsageError(f"`east_share`: the network shares {shared:,} weights between its blocks by itself")
 
 
 def _known(length: Length | None) -> Length:
     if length is None:
-        raise UsageError("--east-cyclic and --east-dyrelu need the length of the run: epochs and steps_per_epoch")
+        raise UsageError("`east_cyclic` and `east_dyrelu` need the length of the run: epochs and steps_per_epoch")
     return length
 
 
@@ -316,7 +318,7 @@ def attach(
     attachment = connect(host, options)
     if model := attachment.books.model:
         if options.share:
-            raise UsageError("--east-share ties weights before masks are made: attach to the host before add_module")
+            raise UsageError("`east_share` ties weights before masks are made: attach to the host before add_module")
         attachment.model = model
     attachment.start(Length(epochs, steps_per_epoch, first_drop), input_shape)
     return attachment

@@ -35,6 +35,7 @@ from ..host.masking import Masking, unwrap
 from ..ops.files import save_checkpoint
 from ..options import east, flags
 from ..options.flags import option
+from ..options.sources import spoken
 from ..plugins import activation as activations
 from . import hosts
 from . import state as states
@@ -94,7 +95,7 @@ def activate(args: argparse.Namespace) -> None:
     try:
         takeover = Takeover(given)
     except UsageError as error:
-        print(f"east_plugins: {error}", file=sys.stderr)
+        print(f"east_plugins: {spoken(str(error))}", file=sys.stderr)
         sys.exit(2)
     takeover.namespace = args
     takeover.install()
@@ -297,7 +298,7 @@ def _check_dyrelu_type(options: east.EastOptions) -> None:
     try:
         activations.factory(options.dyrelu_type, reduction=options.dyrelu_reduction)
     except UsageError as error:
-        raise UsageError(f"--east-dyrelu-type: {error}") from error
+        raise UsageError(f"`east_dyrelu_type`: {error}") from error
 
 
 def _writable(state: str) -> Path:

@@ -9,6 +9,7 @@ own code, so that it can be exported and analyzed as a run's:
 
 from __future__ import annotations
 
+import importlib
 import os
 import pickle
 from collections.abc import Mapping
@@ -78,6 +79,20 @@ class State:
         if int(mask.sum()) != value.numel() or mask.shape != like.shape:
             return None
         return torch.zeros(mask.shape, dtype=value.dtype).masked_scatter_(mask, value)
+
+
+def build(network: str) -> nn.Module:
+    """The network that `module:function` makes, the function called without arguments: the caller's word, never a
+    file's. Raises `UsageError` where it cannot be had."""
+    module, _, function = network.partition(":")
+    try:
+        model = getattr(importlib.import_module(module), function)()
+    except Exception as error:  # whatever the module of somebody else raises
+        reason = " ".join(f"{type(error).__name__}: {error}".split())
+        raise UsageError(f"--network {network!r} cannot be built: {reason}; it must be module:function") from error
+    if not isinstance(model, nn.Module):
+        raise UsageError(f"--network {network!r} must make an nn.Module, got {type(model).__name__}")
+    return model
 
 
 def gather(attachment: Attachment) -> dict[str, Any]:

@@ -336,6 +336,22 @@ def test_the_network_is_in_the_state_and_exports_like_a_runs(capsys, monkeypatch
         saved.network(script["Net"](16, 3))
 
 
+@pytest.mark.parametrize("kind", ["c", "onnx", "safetensors"])
+def test_export_takes_the_state_of_a_script(capsys, kind):
+    Path("east_test_module.py").write_text(
+        "from torch import nn\ndef network(): return nn.Sequential(nn.Linear(6, 16), nn.ReLU(), nn.Linear(16, 3))\n"
+    )
+    Path("s.py").write_text(OWN.format(host="from east_plugins import CosineDecay, Masking"))
+    assert run(capsys, "--east-cyclic", "--east-dyrelu", "--east-state", "state.pt", script="s.py")[0] == 0
+    given = ["export", "state.pt", "--format", kind, "--out", f"net.{kind}"]
+    assert command_line.main(given) == 2
+    assert "--network module:function must make its torch.nn.modules.container:Sequential" in capsys.readouterr().err
+    assert command_line.main([*given, "--network", "east_test_module:nothing"]) == 2
+    assert "cannot be built: AttributeError" in capsys.readouterr().err
+    assert command_line.main([*given, "--network", "east_test_module:network"]) == 0
+    assert "14 active weights" in capsys.readouterr().out and Path(f"net.{kind}").stat().st_size
+
+
 def test_an_unfinished_network_and_a_file_of_something_else_are_refused(capsys):
     run(capsys, "--sparse", "--epochs", "2", "--east-epochs", "10", "--east-cyclic", "--east-state", "state.pt")
     with pytest.raises(UsageError, match="the network of step 20 is unfinished"):

@@ -100,7 +100,7 @@ def unshare(model: nn.Module) -> None:
     layers, for export. Optimizers made before do not know the new weights."""
     for module in model.modules():
         if isinstance(module, _Borrower):
-            restore(module)
+            restore(module, _Borrower)
             module.weight = nn.Parameter((module.weight * module.scale).detach())
             del module.scale
 

@@ -40,7 +40,7 @@ class ES2(ITOP):
 
     def check_cycles(self) -> None:
         if _cyclic(self.host.args):
-            raise UsageError("--east-cyclic: the script's own --cyclic makes cycles already; use one of the two")
+            raise UsageError("`east_cyclic`: the script's own --cyclic makes cycles already; use one of the two")
 
     @staticmethod
     def own(given: dict[str, Any]) -> Masking:

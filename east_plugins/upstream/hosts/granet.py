@@ -28,7 +28,7 @@ class GraNet(Adapter):
     def check_cycles(self) -> None:
         if self.host.args.method != "DST":
             raise UsageError(
-                f"--east-cyclic needs GraNet's --method DST: with --method {self.host.args.method} its own gradual "
+                f"`east_cyclic` needs GraNet's --method DST: with --method {self.host.args.method} its own gradual "
                 "pruning sets the density"
             )
 

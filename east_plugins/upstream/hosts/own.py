@@ -56,7 +56,7 @@ class Own(Adapter):
 
     def check_cycles(self) -> None:
         if not isinstance(self.host.schedule, Constant):
-            raise UsageError("--east-cyclic needs a host of constant density; this one has a schedule of its own")
+            raise UsageError("`east_cyclic` needs a host of constant density; this one has a schedule of its own")
 
     def begin(self, attachment: Attached) -> None:
         if attachment.cycle is not None:
