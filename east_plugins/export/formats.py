@@ -64,6 +64,7 @@ def load_sparse(path: str | Path, model: nn.Module | None = None) -> tuple[nn.Mo
     state, masks, network = read_safetensors(path)
     if model is None:
         from ..options import sources
+        from ..options.east import REFERENCE_STEPS_PER_EPOCH
         from ..training import runs
 
         if "config" not in network:

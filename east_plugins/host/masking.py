@@ -201,7 +201,8 @@ class Masking(Books):
         allocation = Allocation(sparse_init, self._options.get("allocation"))
         if self.keep_connected or allocation.follows:
             check_followed("keep_connected" if self.keep_connected else f"`sparse_init` {sparse_init}", chosen)
-        drawn = draw(allocation, unwrap(module), chosen, _wanted(schedule, 0, final, room), shape, self.generator)
+        wanted, total = schedule.density(0) * size, _wanted(schedule, 0, final, room)
+        drawn = draw(allocation, unwrap(module), chosen, wanted, total, shape, self.generator)
         self.density, self.sparse_init, self.schedule, self.input_shape = density, sparse_init, schedule, shape
         self.modules, self.theoretical_size, self._final, self._allocation = [module], size, final, allocation
         self._frozen = frozen
@@ -220,7 +221,7 @@ class Masking(Books):
         The other layers keep their budgets, the removed one's goes with it. Raises `UsageError` for an unknown name.
         """
         name = self._full(name)
-        budgets = self._budgets(self._final)
+        budgets = self._budgets(self.density * self.theoretical_size, self._final)
         self._final -= sum(budgets[key] for key in self._records[name].keys)
         super().remove_weight(name)
 
@@ -237,7 +238,12 @@ class Masking(Books):
         """Active weights that the schedule asks for at `step`: exactly `density(step) / target` times the count
         at the target, within what the (possibly shared) tensors can hold and one weight a layer."""
         self._module("target_nonzeros")
-        return _wanted(self.schedule, step, self._final, sum(each.weight.numel() for each in self._records.values()))
+        return sum(self._budgets_at(step).values())
+
+    def _budgets_at(self, step: int) -> dict[str, int]:
+        """Active weights that every matrix shall have at a step."""
+        total = _wanted(self.schedule, step, self._final, sum(each.weight.numel() for each in self._records.values()))
+        return self._budgets(self.schedule.density(step) * self.theoretical_size, total)
 
     # ------------------------------------------------------------------ stepping
 
@@ -368,7 +374,7 @@ class Masking(Books):
     def _changes(self) -> list[list[topology.Change]]:
         """What an update is to do with the blocks of every weight. Those that get no gradient stay, as far as the
         density lets them."""
-        budgets = self._budgets(self.target_nonzeros(self.steps))
+        budgets = self._budgets_at(self.steps)
         rate = self.prune_rate if getattr(self.schedule, "replaces", True) else 0.0
         some = bool(self.needs) and any(record.weight.grad is not None for record in self._records.values())
         changes = []
@@ -473,7 +479,7 @@ class Masking(Books):
     def prune_every_k_steps(self, steps: int | None) -> None:
         if self.schedule is None:
             self._frequency = Constant(1.0, steps_between(steps)).frequency  # checked there
-        elif "frequency" in getattr(self.schedule, "__dataclass_fields__", ()):
+        elif "frequency" in getattr(self.schedule, "__dataclass_fields__", ()) and _replaces(self.schedule):
             self.schedule = dataclasses.replace(self.schedule, frequency=steps_between(steps))
         else:
             raise UsageError(f"prune_every_k_steps: a {type(self.schedule).__name__} schedule has its own update steps")
@@ -499,8 +505,8 @@ class Masking(Books):
         assert self._allocation is not None
         return self._allocation
 
-    def _budgets(self, total: int) -> dict[str, int]:
-        return self.allocation.budgets(blocks(self._records), total)
+    def _budgets(self, wanted: float, total: int) -> dict[str, int]:
+        return self.allocation.budgets(blocks(self._records), wanted, total)
 
     def _check_dense_gradients(self) -> None:
         for name in self._records if "grad" in self.needs else ():
@@ -527,6 +533,11 @@ class Masking(Books):
 def _holds(optimizer: torch.optim.Optimizer, weights: Iterable[nn.Parameter]) -> bool:
     held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
     return any(id(weight) in held for weight in weights)
+
+
+def _replaces(schedule: Any) -> bool:
+    """Whether updates of a schedule replace weights, at some time at least."""
+    return getattr(schedule, "replaces", True) is not False
 
 
 def _wanted(schedule: Any, step: int, final: int, room: int) -> int:
