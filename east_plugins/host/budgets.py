@@ -12,6 +12,7 @@ from ..errors import UsageError
 from ..ops.counts import apportion
 from ..plugins import registry
 from ..plugins.allocation.layerwise import budgets, random_mask
+from ..plugins.allocation.position import places
 from .layers import block_names
 
 
@@ -34,39 +35,49 @@ def draw(
     allocation: Allocation,
     model: nn.Module,
     weights: Mapping[str, _Matrix],
+    wanted: float,
     total: int,
     input_shape: Sequence[int] | None,
     generator: torch.Generator,
 ) -> dict[str, Tensor]:
     """Boolean masks of the weights, `total` active ones over all; raises as `Allocation.draw`."""
-    drawn = allocation.draw(model, blocks(weights), total, input_shape, generator)
+    drawn = allocation.draw(model, blocks(weights), wanted, total, input_shape, generator)
     return {name: torch.cat([drawn[key] for key in block_names(name, each.blocks)]) for name, each in weights.items()}
 
 
 class Allocation:
-    """A registered allocation, for one model."""
+    """A registered allocation, for one model. `share` is what gives every layer its number; for an allocation that
+    draws masks that is another one."""
 
     def __init__(self, name: str, options: Mapping[str, Any] | None = None):
         entry = registry.allocation.entry(name)
         self.name, self.meta, self.rule = name, entry.meta, entry.bound(options)
-        self.drawn: dict[str, int] | None = None  #: active weights that scores gave the layers at first, if they did
+        share = registry.allocation.entry(getattr(self.rule, "budgets", "ERK")) if self.meta.get("draws") else entry
+        self._share = share.bound() if share is not entry else self.rule
+        self._counts, self._by_place = (bool(share.meta.get(name)) for name in ("counts", "places"))
+        self.drawn: dict[str, int] | None = None  #: active weights of the layers at first, where they set their shares
         self._budgets: tuple[tuple, dict[str, int]] | None = None
 
     def draw(
         self,
         model: nn.Module,
         weights: Mapping[str, Tensor],
+        wanted: float,
         total: int,
         input_shape: Sequence[int] | None,
         generator: torch.Generator,
     ) -> dict[str, Tensor]:
-        """Boolean masks of the weights with `total` active ones over all; raises `UsageError` where an input's shape
-        is needed and None."""
-        counts = self.budgets(weights, total)
+        """Boolean masks of the weights with `total` active ones over all, which is `wanted` as a whole number; raises
+        `UsageError` where an input's shape is needed and None."""
+        if input_shape is None and (self.follows or self._by_place):
+            raise UsageError(f"`sparse_init` {self.name} needs add_module(..., input_shape=(channels, height, width))")
+        if self._by_place:
+            assert input_shape is not None
+            shapes = {name: weight.shape for name, weight in weights.items()}
+            self.take(budgets(self._share, shapes, total, places(model, shapes, input_shape)))
+        counts = self.budgets(weights, wanted, total, start=True)
         if not self.meta.get("draws"):
             return {name: random_mask(weight.shape, counts[name], generator) for name, weight in weights.items()}
-        if input_shape is None and self.follows:
-            raise UsageError(f"`sparse_init` {self.name} needs add_module(..., input_shape=(channels, height, width))")
         masks = self.rule(model, counts, input_shape, generator)
         if self.meta.get("keeps_counts"):  # the scores, not the allocation, gave the layers their shares
             self.take({name: int(mask.sum()) for name, mask in masks.items()})
@@ -81,15 +92,19 @@ class Allocation:
         """Give every layer its share of these counts from here on."""
         self.drawn, self._budgets = drawn, None
 
-    def budgets(self, weights: Mapping[str, Tensor], total: int) -> dict[str, int]:
-        """Active weights of every layer, `total` over all."""
-        if self._budgets is None or self._budgets[0] != (total, *weights):
-            self._budgets = (total, *weights), self._computed(weights, total)
+    def budgets(self, weights: Mapping[str, Tensor], wanted: float, total: int, start: bool = False) -> dict[str, int]:
+        """Active weights of every layer: `total` over all, but for an allocation that says itself what it makes of
+        `wanted`; `start`: in the masks that training begins with."""
+        key = (wanted, total, start, *weights)
+        if self._budgets is None or self._budgets[0] != key:
+            self._budgets = key, self._computed(weights, wanted, total, start)
         return self._budgets[1]
 
-    def _computed(self, weights: Mapping[str, Tensor], total: int) -> dict[str, int]:
+    def _computed(self, weights: Mapping[str, Tensor], wanted: float, total: int, start: bool) -> dict[str, int]:
+        shapes = {name: tuple(weight.shape) for name, weight in weights.items()}
         if self.drawn is not None:
             sizes = [weight.numel() for weight in weights.values()]
             return dict(zip(weights, apportion([self.drawn[name] for name in weights], total, 1, sizes), strict=True))
-        share = registry.allocation.bound(self.meta.get("budgets", "ERK")) if self.meta.get("draws") else self.rule
-        return budgets(share, {name: weight.shape for name, weight in weights.items()}, total)
+        if self._counts:
+            return {name: max(1, count) for name, count in self._share(shapes, wanted, start).items()}
+        return budgets(self._share, shapes, total)

@@ -7,12 +7,12 @@ import hashlib
 import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, Any
 
 from ..errors import UsageError
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 @contextlib.contextmanager
@@ -57,6 +57,8 @@ def write_atomically(path: Path, content: bytes | str) -> None:
 
 def save_checkpoint(path: Path, state: Mapping[str, Any]) -> None:
     """`torch.save`, complete or not at all."""
+    import torch  # what only writes text does not wait for it
+
     with replacing(path) as unfinished:
         torch.save(state, unfinished)
 
@@ -84,6 +86,8 @@ def make_folder(out: Path) -> None:
 
 def digest(tensors: Mapping[str, Tensor]) -> str:
     """SHA-256 over names, shapes and bytes of tensors, in the order of their names."""
+    import torch
+
     sha = hashlib.sha256()
     for name in sorted(tensors):
         tensor = tensors[name].detach().cpu().contiguous()

@@ -99,9 +99,17 @@ class RedistributionRule(Protocol):
 
 
 class LayerShare(Protocol):
-    """An allocation that knows a layer's shape only: its weight in the split of the active weights."""
+    """An allocation that knows a layer's shape only, or where it stands (`allocation.position.Place`; registered with
+    `places=True`): the layer's weight in the split of the active weights."""
 
-    def __call__(self, shape: Sequence[int], /) -> float: ...
+    def __call__(self, shape: Any, /) -> float: ...
+
+
+class LayerCounts(Protocol):
+    """An allocation (registered with `counts=True`) that says itself how many weights each layer has, of `wanted` over
+    all; `start`: in the masks that training begins with. Their sum may differ from `wanted`."""
+
+    def __call__(self, shapes: Mapping[str, Sequence[int]], wanted: float, start: bool, /) -> dict[str, int]: ...
 
 
 class MaskDraw(Protocol):

@@ -196,7 +196,7 @@ def _builtins(kind: str) -> Registry[Any]:
 growth: Registry[protocols.GrowthRule] = _builtins("growth")
 pruning: Registry[protocols.PruneRule] = _builtins("pruning")
 redistribution: Registry[protocols.RedistributionRule] = _builtins("redistribution")
-allocation: Registry[protocols.LayerShare | protocols.MaskDraw] = _builtins("allocation")
+allocation: Registry[protocols.LayerShare | protocols.LayerCounts | protocols.MaskDraw] = _builtins("allocation")
 density: Registry[protocols.DensitySchedule] = _builtins("density")
 rate: Registry[protocols.RateDecay] = _builtins("rate")
 activation: Registry[protocols.ActivationFactory] = _builtins("activation")

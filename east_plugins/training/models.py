@@ -269,6 +269,6 @@ def _torchvision(name: str, num_classes: int, in_channels: int, width: int | Non
     if name not in (known := _torchvision_names()):
         raise UnknownNameError("`model`", name, known)
     if in_channels != 3 or width is not None:
-        wrong = f"--width {width}" if width is not None else f"images of {in_channels} channels"
+        wrong = f"`width` {width}" if width is not None else f"images of {in_channels} channels"
         raise UsageError(f"model {name} has a fixed width and takes 3 channels, got {wrong}")
     return import_torchvision().models.get_model(name.removeprefix(TORCHVISION), weights=None, num_classes=num_classes)

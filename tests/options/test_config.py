@@ -242,7 +242,8 @@ def test_every_shipped_config_can_be_read_and_resolved(path):
 
 def test_every_method_and_shipped_config_is_documented():
     root = Path(__file__).parents[2]
-    methods = (root / "README.md").read_text().partition("\nMethods: ")[2].partition(";")[0]
+    text = " ".join((root / "configs" / "README.md").read_text().split())
+    methods = text.partition("Methods: ")[2].partition(";")[0].partition(".")[0]
     assert methods.replace("`", "").split(", ") == list(METHODS)
     table = (root / "configs" / "README.md").read_text()
     assert not [path.name for path in (root / "configs").glob("*.yaml") if f"`{path.name}`" not in table]

@@ -329,14 +329,14 @@ def test_tinyimagenet_is_tested_on_its_annotated_images(tmp_path):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (dict(name="cifar10"), "--data cifar10 needs --data-dir, a folder with cifar-10-batches-py"),
-        (dict(name="folder", data_dir="/nowhere"), "--data-dir /nowhere: no such folder; expected .*train/<class>/"),
-        (dict(name="digits", validation=1.0), "--validation 1.0: allowed are shares from 0 to below 1"),
-        (dict(name="digits", validation=float("nan")), "--validation nan"),
-        (dict(name="digits", image_size=0), "--image-size 0"),
-        (dict(name="digits", limit=0), "--limit 0"),
+        (dict(name="cifar10"), "`data` cifar10 needs `data_dir`, a folder with cifar-10-batches-py"),
+        (dict(name="folder", data_dir="/nowhere"), "`data_dir` /nowhere: no such folder; expected .*train/<class>/"),
+        (dict(name="digits", validation=1.0), "`validation` 1.0: allowed are shares from 0 to below 1"),
+        (dict(name="digits", validation=float("nan")), "`validation` nan"),
+        (dict(name="digits", image_size=0), "`image_size` 0"),
+        (dict(name="digits", limit=0), "`limit` 0"),
         (dict(name="digits", limit=1), "0 images are left for training"),
-        (dict(name="folder", data_dir=".", download=True), "--download: allowed for mnist, fashionmnist, cifar10"),
+        (dict(name="folder", data_dir=".", download=True), "`download`: allowed for mnist, fashionmnist, cifar10"),
     ],
     ids=lambda value: "" if isinstance(value, dict) else value[:20],
 )
@@ -363,7 +363,7 @@ def test_unknown_data_set_is_answered_with_the_nearest():
     ],
 )
 def test_a_missing_file_is_named(tmp_path, name, missing):
-    with pytest.raises(UsageError, match=f"--data-dir {tmp_path}: {missing} is missing"):
+    with pytest.raises(UsageError, match=f"`data_dir` {tmp_path}: {missing} is missing"):
         data.load(name, tmp_path)
 
 

@@ -2,9 +2,9 @@
 
 At extreme sparsity a random mask is disconnected: hardly any weight has both an input that is reached and an output
 that is read, the network computes a constant, and no gradient arrives. Here each layer's weights are confined to
-random subsets of its input and output channels, about the square root of its budget, shared by all layers that read
-or write them; every channel of the subsets gets a weight that writes it and one that reads it; and the linearised
-twin (`ops.paths`) moves what still lies off path, for example taps that read nothing but padding.
+random subsets of its input and output channels, by default about the square root of its budget, shared by all layers
+that read or write them; every channel of the subsets gets a weight that writes it and one that reads it; and the
+linearised twin (`ops.paths`) moves what still lies off path, for example taps that read nothing but padding.
 
 Related: SynFlow (Tanaka et al. 2020), PHEW, which draws weights along random walks (Patil and Dovrolis 2021), and
 effective sparsity (Vysogorets and Kempe 2023).
@@ -15,6 +15,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -23,20 +24,45 @@ from ...errors import UsageError
 from ...ops.channels import Wires, Wiring, trace
 from ...ops.paths import on_path, path_positions
 from ...ops.select import lowest_k, top_k
+from ..protocols import option
 from ..registry import allocation
 
 logger = logging.getLogger(__name__)
 
 
-@allocation.register("connected", draws=True, budgets="ERK", help="ERK's budgets, every weight on a path")
+@allocation.register("connected", draws=True, help="random masks in which every weight is on a path")
+@dataclass(frozen=True)
+class Connected:
+    """Random masks with every layer's budget exactly, every weight on a path where the budgets allow it."""
+
+    budgets: str = option("ERK", "allocation that gives each layer its number of weights")
+    width: float = option(0.5, "channels in use, as a power of the number of weights, from 0 to 1", type=float)
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.width <= 1:
+            raise UsageError(f"`width` must be in [0, 1], got {self.width:g}")
+        if allocation.entry(self.budgets).meta.get("draws"):
+            raise UsageError(f"`budgets` {self.budgets} draws masks itself; allowed are ERK, EPL, first-blocks, ...")
+
+    def __call__(
+        self, model: nn.Module, budgets: Mapping[str, int], input_shape: Sequence[int], generator: torch.Generator
+    ) -> dict[str, Tensor]:
+        return draw(model, budgets, input_shape, generator, self.width)
+
+
 def draw(
-    model: nn.Module, budgets: Mapping[str, int], input_shape: Sequence[int], generator: torch.Generator
+    model: nn.Module,
+    budgets: Mapping[str, int],
+    input_shape: Sequence[int],
+    generator: torch.Generator,
+    width: float = 0.5,
 ) -> dict[str, Tensor]:
     """Random masks with exactly `budgets[name]` active weights a layer, all on paths where the budgets allow it.
 
-    The network's inputs and outputs are all used where the budgets allow it. Boolean CPU tensors; the same ones on
-    every device, given the (CPU) generator. The model is left as it was. Raises `UsageError` where a layer lies on
-    no path of the dense network.
+    A set of channels has as many in use as the mean of budget ** `width` over the layers that read or write it, so
+    that a larger `width` gives more channels with fewer weights each. The network's inputs and outputs are all used
+    where the budgets allow it. Boolean CPU tensors; the same ones on every device, given the (CPU) generator. The
+    model is left as it was. Raises `UsageError` where a layer lies on no path of the dense network.
     """
     wiring, possible = _structure(model, budgets, input_shape)
     scores = {name: torch.rand(positions.shape, generator=generator) for name, positions in possible.items()}
@@ -51,7 +77,7 @@ def draw(
     def wanted(channels: Tensor, budgets: list[int]) -> int:
         if ends.issuperset(channels.tolist()):
             return len(channels)
-        return round(sum(map(math.sqrt, budgets)) / len(budgets))
+        return round(sum(budget**width for budget in budgets) / len(budgets))
 
     def select(name: str, centred: bool) -> Tensor:
         score, kernel = scores[name].view(-1), math.prod(possible[name].shape[2:])
