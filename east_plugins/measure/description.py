@@ -13,11 +13,10 @@ from ..host import presets
 from ..host.masking import Masking
 from ..ops.paths import effective_density
 from ..options.config import Config
+from ..options.east import REFERENCE_STEPS_PER_EPOCH
 from ..training import runs
 from . import timing
 from .costs import costs
-
-STEPS_PER_EPOCH = 352  #: Table B.1's
 
 
 def describe(options: Config, classes: int, channels: int) -> dict[str, Any]:
@@ -28,7 +27,7 @@ def describe(options: Config, classes: int, channels: int) -> dict[str, Any]:
     """
     if classes < 1 or channels < 1:
         raise UsageError(f"`classes` and `channels` must be at least 1, got {classes} and {channels}")
-    resolved = options.resolve(steps_per_epoch=STEPS_PER_EPOCH)
+    resolved = options.resolve(steps_per_epoch=REFERENCE_STEPS_PER_EPOCH)
     shape = _shape(options, channels)
     model = runs.build_model(resolved, classes, shape)
     if resolved.east.dyrelu:
@@ -50,7 +49,7 @@ def latency(options: Config, classes: int, channels: int, repeats: int = 15) -> 
         raise UsageError("`latency` needs `dctps`, whose layers it times beside plain ones")
     if options.threads:
         torch.set_num_threads(options.threads)
-    resolved = options.resolve(steps_per_epoch=STEPS_PER_EPOCH)
+    resolved = options.resolve(steps_per_epoch=REFERENCE_STEPS_PER_EPOCH)
     shape = _shape(options, channels)
     x = torch.zeros(1, *shape)
     networks = {

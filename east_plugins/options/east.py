@@ -24,7 +24,8 @@ if TYPE_CHECKING:
 
 #: Table B.1's run: 250 epochs of 45,000 images (a tenth is for validation, as in ITOP's code) in batches of 128.
 REFERENCE_EPOCHS = 250
-REFERENCE_STEPS = 250 * 352
+REFERENCE_STEPS_PER_EPOCH = 352
+REFERENCE_STEPS = REFERENCE_EPOCHS * REFERENCE_STEPS_PER_EPOCH
 
 SWITCHES = ("cyclic", "dyrelu", "share")
 

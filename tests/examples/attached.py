@@ -11,7 +11,7 @@ from east_plugins import EastOptions
 from east_plugins.upstream import attach
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "upstream" / "script"))
-from sparselearning.core import CosineDecay, Masking
+from sparselearning.core import CosineDecay, Masking  # not ours: the checkout's own
 
 EPOCHS, STEPS = 4, 10
 model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3), nn.ReLU(), nn.Flatten(), nn.Linear(32, 4))
@@ -28,7 +28,6 @@ for _ in range(EPOCHS * STEPS):
     optimizer.zero_grad()
     nn.functional.cross_entropy(model(torch.randn(8, 3, 6, 6)), torch.randint(4, (8,))).backward()
     mask.step()
-print(
-    f"{type(attachment.adapter).title}: {attachment.adapter.nonzeros} active weights, finished: {attachment.finished}"
-)
+kind, active = attachment.adapter.title, attachment.adapter.nonzeros
+print(f"{kind}: {active} active weights, finished: {attachment.finished}")
 print("activations:", ", ".join(type(module).__name__ for module in model if not list(module.parameters())))
