@@ -20,6 +20,8 @@ from .safetensors import read_safetensors
 
 logger = logging.getLogger(__name__)
 
+LONG = 10_000  # steps an epoch, of files that do not say how many: all that a run can hold fits into them
+
 
 def to_c(
     model: nn.Module,
@@ -68,9 +70,8 @@ def load_sparse(path: str | Path, model: nn.Module | None = None) -> tuple[nn.Mo
 
         if "config" not in network:
             raise UsageError(f"{path} does not say which network it is of: pass the model to load_sparse")
-        options = sources.from_flags(
-            {key.replace("-", "_"): value for key, value in network["config"].items()}
-        ).resolve(1)
+        asked = sources.from_flags({key.replace("-", "_"): value for key, value in network["config"].items()})
+        options = asked.resolve(network.get("steps_per_epoch", LONG))
         model = runs.build_model(options, network["classes"], tuple(network["input_shape"]))
     try:
         model.load_state_dict(state)

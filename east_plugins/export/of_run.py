@@ -45,6 +45,7 @@ def exported(run: runs.Run, kind: str, test: Images | ImageFiles, name: str = "n
         raise UsageError(f"kind of file {kind!r}; allowed are c, onnx, safetensors")
     shape, outputs = list(run.input_shape), run.summary["classes"]
     network = {"config": run.config.as_dict(), "classes": outputs, "input_shape": shape, **about.metadata()}
+    network["steps_per_epoch"] = run.summary["steps"] // run.summary["epochs"]
     return sparse_file(run.model, run.masks, network)
 
 
