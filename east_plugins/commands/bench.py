@@ -16,6 +16,7 @@ from .parsing import parser, program
 if TYPE_CHECKING:
     from ..measure.networks import Subject
 
+DENSITIES = [0.0001, 0.0005, 0.001, 0.005, 0.01, 0.05, 0.1, 0.2]
 MASKS = ("connected", "ERK", "random", "trained", "connected-trained")
 
 
@@ -42,11 +43,50 @@ def step(argv: Sequence[str]) -> int:
     _masks(parse, "connected")
     add("--activation", metavar="NAME", help="in place of every ReLU, undiluted, e.g. dyrelu-b (default: ReLU)")
     _about_the_timing(parse, 3)
+    add("--sparseprop", type=Path, metavar="DIR", help="checkout of SparseProp, built, to time its layers beside ours")
     args = _parsed(parse, argv)
+    from ..measure import published
     from ..measure.step import step
 
-    result = step(_subject(args), args.batch_size, args.growth, args.repeats, args.itop)
+    if args.sparseprop:
+        published.sparseprop(args.sparseprop)
+    result = step(_subject(args), args.batch_size, args.growth, args.repeats, args.itop, args.sparseprop)
     return _printed(result, args.json)
+
+
+def sweep(argv: Sequence[str]) -> int:
+    parse = parser(
+        "bench sweep",
+        "A whole training step at many densities: dense under masks, ours, and the arithmetic's own limit.",
+        "bench sweep --threads 1 --plot sweep.png",
+        "bench sweep --densities 0.001,0.01 --sparseprop ../sparseprop --json",
+    )
+    _about_the_network(parse, density=False)
+    _masks(parse, "ERK")
+    add = parse.add_argument
+    add("--densities", type=_numbers, default=DENSITIES, metavar="X,X",
+        help=f"active shares of the weights (default: {','.join(f'{d:g}' for d in DENSITIES)})")  # fmt: skip
+    add("--batch-size", type=int, default=32, metavar="N", help="images a step (default: 32)")
+    add("--repeats", type=int, default=3, metavar="N", help="rounds (default: 3)")
+    add("--threads", type=int, metavar="N", help="CPU threads (default: PyTorch's choice)")
+    add("--sparseprop", type=Path, metavar="DIR", help="checkout of SparseProp, built, to time its layers beside ours")
+    add("--plot", type=Path, metavar="FILE", help="time against density as PNG, SVG or PDF")
+    add("--json", action="store_true", help="one JSON object in place of the table")
+    parse.set_defaults(device="cpu")
+    args = _parsed(parse, argv)
+    from ..measure import chart, published
+    from ..measure import sweep as measure
+    from ..ops import figures
+
+    if args.plot:
+        figures.check_path(args.plot, "--plot")
+    if args.sparseprop:
+        published.sparseprop(args.sparseprop)
+    result = measure.sweep(_subject(args), args.densities, args.batch_size, args.repeats, args.sparseprop)
+    if args.plot:
+        chart.density_chart(result, args.model, args.plot)
+    print(json.dumps(result) if args.json else measure.as_text(result))
+    return 0
 
 
 def update(argv: Sequence[str]) -> int:
@@ -154,7 +194,7 @@ def gpu(argv: Sequence[str]) -> int:
     import torch
 
     from ..measure import checks
-    from ..measure.networks import itop_file
+    from ..measure.published import itop_file
 
     if not args.tiny and not torch.cuda.is_available():
         raise UsageError("this torch sees no CUDA device; allowed without one is --tiny")
@@ -168,17 +208,18 @@ def gpu(argv: Sequence[str]) -> int:
 
 
 BENCHMARKS: dict[str, Callable[[Sequence[str]], int]] = {
-    "step": step, "update": update, "inference": inference, "gpu": gpu, "startup": startup,
+    "step": step, "sweep": sweep, "update": update, "inference": inference, "gpu": gpu, "startup": startup,
 }  # fmt: skip
 
 
-def _about_the_network(parse: flags.Parser) -> None:
+def _about_the_network(parse: flags.Parser, density: bool = True) -> None:
     add = parse.add_argument
     add("--model", default="resnet34", metavar="NAME", help="network (default: resnet34)")
     add("--classes", type=int, default=100, metavar="N", help="its outputs (default: 100)")
     add("--width", type=int, metavar="N", help="channels of its stem (default: its own)")
     add("--image-size", type=int, default=32, metavar="N", help="pixels of an image's side (default: 32)")
-    add("--density", type=float, default=0.0005, metavar="X", help="active share of the weights (default: 0.0005)")
+    if density:
+        add("--density", type=float, default=0.0005, metavar="X", help="active share of the weights (default: 0.0005)")
 
 
 def _masks(parse: flags.Parser, default: str) -> argparse.Action:
@@ -238,6 +279,13 @@ def _printed(result: dict[str, Any], as_json: bool) -> int:
 
     print(json.dumps(result) if as_json else timing.as_text(result))
     return 0
+
+
+def _numbers(text: str) -> list[float]:
+    try:
+        return [float(item) for item in text.split(",")]
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text} must be numbers, as in 0.001,0.01") from None
 
 
 def _integers(text: str) -> list[int]:

@@ -35,7 +35,7 @@ def to_c(
     not supported, a network that is not sparse, or a name that C does not allow.
     """
     if not re.fullmatch(r"[A-Za-z_]\w*", name, re.ASCII):
-        raise UsageError(f"--name {name!r} cannot begin a name in C: letters, digits and underscores are allowed")
+        raise UsageError(f"`name` {name!r} cannot begin a name in C: letters, digits and underscores are allowed")
     return write_c(compact(trace(model, masks, input_shape)), name, about.in_c(name) if about else "")
 
 
@@ -64,7 +64,6 @@ def load_sparse(path: str | Path, model: nn.Module | None = None) -> tuple[nn.Mo
     state, masks, network = read_safetensors(path)
     if model is None:
         from ..options import sources
-        from ..options.east import REFERENCE_STEPS_PER_EPOCH
         from ..training import runs
 
         if "config" not in network:

@@ -20,6 +20,7 @@ from torch.utils._pytree import tree_leaves
 from ..errors import UsageError
 from ..plugins.activation.phased import OFF, PhasedActivation
 from ..plugins.transform.dct import DCTLayer, materialize
+from .unwrapped import unwrapped
 
 SUPPORTED = (
     "1d and 2d convolution, linear, batch norm, ReLU, max and average pooling, addition, arithmetic with constants, "
@@ -74,12 +75,14 @@ def trace(model: nn.Module, masks: Mapping[str, Tensor], input_shape: Sequence[i
 
 
 def masked_copy(model: nn.Module, masks: Mapping[str, Tensor]) -> nn.Module:
-    """A copy in evaluation mode, in float32 on the CPU, its inactive weights zero and DCT layers made plain.
+    """A copy in evaluation mode, in float32 on the CPU, its inactive weights zero and DCT layers made plain; of a
+    wrapped model that of the network inside.
 
-    Raises `UsageError` where activations are still being phased out.
+    Raises `UsageError` where activations are still being phased out, and for masks as `unwrapped`.
     """
+    model, masks = unwrapped(model, masks)
     if any(isinstance(module, PhasedActivation) and module.phase != OFF for module in model.modules()):
-        raise UsageError("export needs a network whose activations are phased out: train past --east-dyrelu-end")
+        raise UsageError("export needs a network whose activations are phased out: train past `east_dyrelu_end`")
     model = copy.deepcopy(model).cpu().float().eval()
     parameters = dict(model.named_parameters(remove_duplicate=False))
     with torch.no_grad():

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import MutableMapping
+from collections.abc import Iterable, MutableMapping
 
 from torch import Tensor, nn
 
@@ -28,6 +28,7 @@ class Books:
         self.modules: list[nn.Module] = []
         self.theoretical_size = 0
         self._records: dict[str, MaskedWeight] = {}
+        self._frozen: dict[str, nn.Parameter] = {}
 
     @property
     def masks(self) -> MutableMapping[str, Tensor]:
@@ -84,6 +85,11 @@ class Books:
         for name in [name for name in self._records if partial_name in name]:
             self.remove_weight(name)
 
+    def remove_param_names(self, names: Iterable[str]) -> None:
+        """Stop masking the weights of these names."""
+        for name in names:
+            self.remove_weight(name)
+
     def remove_type(self, nn_type: type[nn.Module]) -> None:
         """Stop masking the weights of every module of class `nn_type`."""
         for module in unwrap(self._module("remove_type")).modules():
@@ -107,6 +113,12 @@ class Books:
         """Log every layer's active weights (level INFO of this module's logger)."""
         for name, record in self._records.items():
             logger.info("%s: %d active, density %.6f", name, record.count, record.count / record.mask.numel())
+
+    def _tell_unfrozen(self) -> None:
+        """Say once which weights that were frozen when masks were made are trained by now."""
+        if trained := [name for name, weight in self._frozen.items() if weight.requires_grad]:
+            logger.warning("weights that were frozen when masks were made are trained now, and stay dense: %s", trained)
+            self._frozen = {}
 
     def _full(self, name: str) -> str:
         full = name if name in self._records else f"{name}.weight"

@@ -17,6 +17,7 @@ from torch.nn.utils.parametrizations import _SpectralNorm
 from torch.nn.utils.spectral_norm import SpectralNorm
 
 from ..errors import UsageError
+from ..ops.marks import PluginModule
 from ..ops.maskable import unwrap, walk
 
 logger = logging.getLogger(__name__)
@@ -150,7 +151,7 @@ def _excluded(model: nn.Module, exclude: Sequence[Exclude]) -> set[int]:
 
 def _tell_dense(model: nn.Module, known: set[int], left: dict[str, nn.Parameter]) -> None:
     """One line on the matrices that stay dense because no layer of a known kind holds them."""
-    plugins_own = {id(p) for m in model.modules() if getattr(m, "east_plugin", False) for p in m.parameters()}
+    plugins_own = {id(p) for m in model.modules() if isinstance(m, PluginModule) for p in m.parameters()}
     trained = {
         name: parameter
         for name, parameter in model.named_parameters()

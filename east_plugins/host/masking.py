@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import functools
 import logging
-import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -16,28 +14,28 @@ from torch import Tensor, nn
 from ..errors import UsageError
 from ..ops import distributed
 from ..ops.maskable import modules_of, unwrap
-from ..ops.select import fetch
-from ..plugins.allocation.connected import reconnect
-from ..plugins.density import Constant, check_density
-from ..plugins.protocols import HostPlugin, Layer
-from . import presets, topology
-from .binding import bound
+from ..plugins.protocols import HostPlugin
+from . import presets
 from .books import Books
-from .budgets import Allocation, blocks, draw
-from .choice import Exclude, check_followed, choose
+from .budgets import Allocation
+from .choice import Exclude
 from .gradients import accumulate, all_finite
 from .layers import Column, MaskedWeight
-from .optimizer_state import momentum_factor, state_names, state_tensors
+from .norms import gradient_norm
+from .optimizer_state import holds, momentum_factor, state_names
+from .pace import Pace
 from .packed import PackedState
-from .scaling import number, steps_between, unscale
+from .scaling import unscale
+from .start import Start
 from .stepping import Stepping
+from .updating import RuleSet, Updates
 from .values import sparse_fan_in
 from .watch import Stepped, attend
 
 logger = logging.getLogger(__name__)
 
 
-class Masking(Books):
+class Masking(Books, Pace):
     """Sparse training host with ITOP's call surface: exact counts, any device, any registered rule.
 
         mask = Masking(optimizer, death_rate=0.5, death_mode="magnitude", growth_mode="gradient",
@@ -89,31 +87,22 @@ class Masking(Books):
         plugins: Sequence[HostPlugin] = (),
         options: Mapping[str, Mapping[str, Any]] | None = None,
     ):
-        super().__init__()
+        frequency = None if getattr(args, "fix", False) else getattr(args, "update_frequency", update_frequency)
+        Books.__init__(self)
+        Pace.__init__(self, schedule, frequency, death_rate, death_rate_decay)
         if growth_death_ratio != 1.0:
             raise UsageError(f"growth_death_ratio must be 1 (counts are exact), got {growth_death_ratio}")
-        if prune_scope not in ("local", "global"):
-            raise UsageError(f"`prune_scope` must be local or global, got {prune_scope!r}")
-        death_rate = number("death_rate", death_rate)
-        if not 0 <= death_rate <= 1:
-            raise UsageError(f"`death_rate` must be in [0, 1], got {death_rate}")
         state_names(optimizer)  # raises for an optimizer whose state is unknown
-        self.prune_rate, self.death_rate_decay = death_rate, death_rate_decay
         self.threshold, self.args = threshold, args
         self.keep_connected = keep_connected
         self.plugins = list(plugins)
         self.engine: Any = None  #: the sparse engine, where one is attached
-        self.steps = 0
-        self._put_off = False  # an update, from a step that a scaler skipped
-        self.schedule = schedule
-        self._frequency = steps_between(getattr(args, "update_frequency", update_frequency))
-        if getattr(args, "fix", False):
-            self._frequency = None
+        self.reads_dense_gradients = False  #: whether the script reads inactive weights' gradients at every step
         self._options = {kind: dict(values) for kind, values in (options or {}).items()}
         if death_mode == "threshold":
             self._options.setdefault("pruning", {}).setdefault("threshold", threshold)
         self._asked = growth_mode, death_mode, redistribution_mode, prune_scope
-        self._bind_rules(*self._asked)
+        self._bind_rules()
 
         seed = torch.initial_seed() if seed is None else seed
         self.generator = torch.Generator().manual_seed(distributed.from_rank_0(seed) % 2**63)
@@ -124,20 +113,12 @@ class Masking(Books):
         # what add_module finds
         self.density, self.sparse_init = 0.0, ""
         self.input_shape: tuple[int, ...] | None = None
-        self._final = 0  # active weights at the target density
-        self._allocation: Allocation | None = None
-        self._frozen: dict[str, nn.Parameter] = {}
+        self._built: Updates | None = None
 
-    def _bind_rules(self, growth: str | Callable, prune: str | Callable, share: str | Callable, scope: str) -> None:
-        self.growth_mode, grow, self.needs = bound("growth", growth, self, self._options.get("growth"))
-        self.death_mode, drop, needs = bound("pruning", prune, self, self._options.get("pruning"))
-        self.redistribution_mode, redistribute = "none", None
-        if share != "none":
-            options = self._options.get("redistribution")
-            self.redistribution_mode, redistribute, more = bound("redistribution", share, self, options)
-            needs |= more
-        self.needs |= needs
-        self._rules = topology.Rules(grow, drop, redistribute, scope)
+    def _bind_rules(self) -> None:
+        self._rules = RuleSet(*self._asked, host=self, options=self._options)
+        self.growth_mode, self.death_mode, self.redistribution_mode = self._rules.names
+        self.needs = self._rules.needs
 
     @classmethod
     def of(
@@ -179,41 +160,28 @@ class Masking(Books):
         Raises `UsageError` for a second module (wrap both in one `nn.ModuleDict`), a density out of range, one too
         small to give every layer a weight, and for layers whose weights cannot be masked.
         """
-        density = number("density", density)
-        check_density(density)
         if self.modules:
             raise UsageError("add_module takes one module; wrap several in an nn.ModuleDict")
         if weight_init not in ("default", "sparse-fan-in"):
             raise UsageError(f"`weight_init` must be default or sparse-fan-in, got {weight_init!r}")
-        if self.keep_connected and input_shape is None:
-            raise UsageError("keep_connected needs add_module(..., input_shape=(channels, height, width))")
-        chosen, frozen = choose(module, exclude)
-        if not chosen:
-            raise UsageError("the model has no conv or linear weights to mask" + " that are trained" * bool(frozen))
-        schedule = self.schedule or Constant(density, self._frequency)
-        if not math.isclose(schedule.target, density):
-            raise UsageError(f"`density` {density:g} differs from the schedule's target {schedule.target:g}")
-        if not _holds(self.optimizer, (each.weight for each in chosen.values())):
-            raise UsageError("the optimizer has none of the model's conv and linear weights: is it another model's?")
-        shape = None if input_shape is None else tuple(input_shape)
-        size = sum(each.uses * each.weight.numel() for each in chosen.values())
-        final, room = round(density * size), sum(each.weight.numel() for each in chosen.values())
+        schedule = self._frequency if self.schedule is None else self.schedule
         allocation = Allocation(sparse_init, self._options.get("allocation"))
-        if self.keep_connected or allocation.follows:
-            check_followed("keep_connected" if self.keep_connected else f"`sparse_init` {sparse_init}", chosen)
-        wanted, total = schedule.density(0) * size, _wanted(schedule, 0, final, room)
-        drawn = draw(allocation, unwrap(module), chosen, wanted, total, shape, self.generator)
-        self.density, self.sparse_init, self.schedule, self.input_shape = density, sparse_init, schedule, shape
-        self.modules, self.theoretical_size, self._final, self._allocation = [module], size, final, allocation
-        self._frozen = frozen
-        for name, mask in distributed.from_rank_0(drawn).items():
-            each = chosen[name]
-            self._records[name] = MaskedWeight(name, each.weight, mask, each.blocks, each.uses)
+        start = Start.of(
+            module, density, allocation, exclude, input_shape, schedule, self.keep_connected, self.optimizer
+        )
+        masks = start.masks(self.generator)
+        self.density, self.sparse_init = start.density, sparse_init
+        self.schedule, self.input_shape = start.schedule, start.shape
+        self.modules, self.theoretical_size, self._frozen = [module], start.size, start.frozen
+        connected = (start.model, start.shape) if self.keep_connected and start.shape is not None else None
+        self._built = Updates(self._records, allocation, start.size, start.final, self.generator, connected)
+        for name, each in start.chosen.items():
+            self._records[name] = MaskedWeight(name, each.weight, masks[name], each.blocks, each.uses)
         if weight_init == "sparse-fan-in":
-            sparse_fan_in(self.weights, self.masks, self.generator, modules_of(unwrap(module)))
+            sparse_fan_in(self.weights, self.masks, self.generator, modules_of(start.model))
         self.apply_mask()
         attend(self)
-        logger.info("%s of %s weights active (density %g)", self.nonzeros, self.theoretical_size, density)
+        logger.info("%s of %s weights active (density %g)", self.nonzeros, start.size, start.density)
 
     def remove_weight(self, name: str) -> None:
         """Stop masking the weight called `name` or `name.weight`; it trains densely from here on.
@@ -221,29 +189,19 @@ class Masking(Books):
         The other layers keep their budgets, the removed one's goes with it. Raises `UsageError` for an unknown name.
         """
         name = self._full(name)
-        budgets = self._budgets(self.density * self.theoretical_size, self._final)
-        self._final -= sum(budgets[key] for key in self._records[name].keys)
+        self._updates.forget(name)
         super().remove_weight(name)
 
     @property
     def dense_gradient_next(self) -> bool:
-        """Whether the next step has a topology update by a rule that scores with the dense gradient."""
-        return "grad" in self.needs and self._due_next
-
-    @property
-    def _due_next(self) -> bool:
-        return self._put_off or self.schedule.due(self.steps + 1)
+        """Whether the next step has a topology update by a rule that scores with the dense gradient, or the script
+        reads it."""
+        return self.reads_dense_gradients or ("grad" in self.needs and self._due_next)
 
     def target_nonzeros(self, step: int) -> int:
         """Active weights that the schedule asks for at `step`: exactly `density(step) / target` times the count
         at the target, within what the (possibly shared) tensors can hold and one weight a layer."""
-        self._module("target_nonzeros")
-        return sum(self._budgets_at(step).values())
-
-    def _budgets_at(self, step: int) -> dict[str, int]:
-        """Active weights that every matrix shall have at a step."""
-        total = _wanted(self.schedule, step, self._final, sum(each.weight.numel() for each in self._records.values()))
-        return self._budgets(self.schedule.density(step) * self.theoretical_size, total)
+        return sum(self._updates.budgets_at(self.schedule, step).values())
 
     # ------------------------------------------------------------------ stepping
 
@@ -287,8 +245,7 @@ class Masking(Books):
 
     def _finish(self, due: bool, by: str) -> None:
         """All that follows the optimizer's step."""
-        self.steps += 1
-        self._decay_rate()
+        self._count_step()
         if due:
             self._put_off = False
             with self._stepping.dense_gradients():
@@ -314,9 +271,7 @@ class Masking(Books):
         if self._in_step:
             return
         if optimizer is not self.optimizer:
-            if held := self._stepping.held_by(optimizer):
-                self._stepping.mask(held, optimizer)
-            return
+            return self._stepping.mask_after(optimizer)
         due = self._due_next
         self._track_momentum(skip_infinite=False)
         self.apply_mask()
@@ -330,7 +285,7 @@ class Masking(Books):
     @optimizer.setter
     def optimizer(self, optimizer: torch.optim.Optimizer) -> None:
         state_names(optimizer)
-        if self._records and not _holds(optimizer, self.weights.values()):
+        if self._records and not holds(optimizer, self.weights.values()):
             raise UsageError("optimizer: it has none of the masked weights; is it another model's?")
         copies = self.packed.copies
         self.packed.unpack()
@@ -343,56 +298,35 @@ class Masking(Books):
         wrote to them."""
         self._stepping.mask(self._records.values())
 
-    @torch.no_grad()
     def truncate_weights(self) -> None:
         """One topology update at the current step: prune, redistribute, grow; counts are exact afterwards.
 
         Gradient rules need the dense gradient: call it after `backward()`, or leave it to `step()`. Raises
         `UsageError` where the gradients were masked by a step already.
         """
-        self._module("truncate_weights")
-        self._check_dense_gradients()
-        self._stepping.mask_what_others_wrote()
-        records = list(self._records.values())
-        before = [record.active for record in records]
-        masks = {record.name: record.mask.clone() for record in records} if self.keep_connected else {}
-        changes = self._changes()
-        topology.update([change for parts in changes for change in parts], self._rules, self.generator)
-        if self.keep_connected:
-            self._reconnect([change.layer for parts in changes for change in parts], masks)
-        gone = [~record.mask.view(-1)[active.flat] for record, active in zip(records, before, strict=True)]
-        numbers = fetch([each.sum().view(1) for each in gone])
-        for record, parts, active, dropped, n in zip(records, changes, before, gone, numbers, strict=True):
-            record.count, record.dropped = sum(change.count for change in parts), int(n)
-            record.fired |= record.mask
-            for tensor in (record.weight.detach(), *state_tensors(self.optimizer, record.weight)):
-                active.drop(tensor, dropped)
-            self.packed.move(record.weight, record.active)
-        self._stepping.masked.follow(self.masks)
-        self._stepping.left(updated=True)
+        budgets = self._updates.budgets_at(self.schedule, self.steps)
+        if "grad" in self.needs:
+            self._stepping.check_dense(self.engine)
+        self._updates.update(self._rules, budgets, self._rate_now, self._stepping)
 
-    def _changes(self) -> list[list[topology.Change]]:
-        """What an update is to do with the blocks of every weight. Those that get no gradient stay, as far as the
-        density lets them."""
-        budgets = self._budgets_at(self.steps)
-        rate = self.prune_rate if getattr(self.schedule, "replaces", True) else 0.0
-        some = bool(self.needs) and any(record.weight.grad is not None for record in self._records.values())
-        changes = []
-        for record in self._records.values():
-            seen = record.seen(self.generator, self.needs, some)
-            still = not record.weight.requires_grad or (some and record.weight.grad is None)
-            parts = zip(record.keys, seen, record.places(), strict=True)
-            changes.append([topology.Change(each, at, budgets[key], 0.0 if still else rate) for key, each, at in parts])
-        return changes
+    def gradient_norm(self, of: str = "active", norm_type: float = 2.0) -> Tensor:
+        """Norm of all gradients of the model as one vector: `of` the "active" weights (and what is not masked), or of
+        "all", as a published script's own clipping counts them. The same with and without a sparse engine."""
+        if of == "all" and self.engine is not None and any(map(self.engine.holds_gradient, self._records)):
+            raise UsageError(
+                "the norm of all gradients needs dense ones, and the engine gave those of active weights only; "
+                "set mask.reads_dense_gradients = True before the first step"
+            )
+        return gradient_norm(unwrap(self._module("gradient_norm")).parameters(), self._records, of, norm_type)
 
-    def _reconnect(self, seen: Sequence[Layer], before: dict[str, Tensor]) -> None:
-        """Bring what an update left off path back onto paths, by importance and by growth score."""
-        assert self.input_shape is not None
-        scores = {}
-        for layer in seen:
-            known = layer.mask | before[layer.name]
-            scores[layer.name] = torch.where(known, self._rules.prune(layer, 0), self._rules.grow(layer, 0))
-        reconnect(unwrap(self.modules[0]), self.masks, before, scores, self.input_shape, self.generator)
+    def clip_grad_norm_(self, max_norm: float, of: str = "active", norm_type: float = 2.0) -> Tensor:
+        """`torch.nn.utils.clip_grad_norm_` for the model, by `gradient_norm`; returns that norm, before clipping.
+
+        Call it after `backward()` (with a gradient scaler, after `scaler.unscale_(optimizer)`).
+        """
+        norm = self.gradient_norm(of, norm_type)
+        torch.nn.utils.clip_grads_with_norm_(unwrap(self.modules[0]).parameters(), max_norm, norm)
+        return norm
 
     # ------------------------------------------------------------------ state
 
@@ -449,7 +383,7 @@ class Masking(Books):
         optimizer = state.pop("_by")
         vars(self).update(state)
         self.engine, self._stepped = None, Stepped()
-        self._bind_rules(*self._asked)
+        self._bind_rules()
         self._stepping = Stepping(optimizer, self._records)
         self._stepping.left()
         attend(self)
@@ -457,32 +391,19 @@ class Masking(Books):
     # ------------------------------------------------------------------ ITOP's and sparse_learning's names
 
     @property
-    def death_rate(self) -> float:
-        """The prune rate."""
-        return self.prune_rate
-
-    @death_rate.setter
-    def death_rate(self, rate: float) -> None:
-        self.prune_rate = rate
-
-    @property
     def name2prune_rate(self) -> dict[str, float]:
         return dict.fromkeys(self._records, self.prune_rate)
 
-    @property
-    def prune_every_k_steps(self) -> int | None:
-        """Steps between topology updates; None where there are none. Can be set at any time, as in ITOP; cycles and
-        the end of gradual pruning keep the updates that their densities need."""
-        return self._frequency if self.schedule is None else getattr(self.schedule, "frequency", None)
+    def at_end_of_epoch(self) -> None:
+        """sparse_learning's update once an epoch, for `prune_every_k_steps = None`."""
+        self.truncate_weights()
+        self.print_nonzero_counts()
 
-    @prune_every_k_steps.setter
-    def prune_every_k_steps(self, steps: int | None) -> None:
-        if self.schedule is None:
-            self._frequency = Constant(1.0, steps_between(steps)).frequency  # checked there
-        elif "frequency" in getattr(self.schedule, "__dataclass_fields__", ()) and _replaces(self.schedule):
-            self.schedule = dataclasses.replace(self.schedule, frequency=steps_between(steps))
-        else:
-            raise UsageError(f"prune_every_k_steps: a {type(self.schedule).__name__} schedule has its own update steps")
+    def truncate_weights_GMP(self, epoch: int) -> None:
+        raise UsageError(
+            "truncate_weights_GMP: pass Masking(..., schedule=Gradual(density, initial=1.0, start=..., stop=..., "
+            "frequency=...)); step() prunes by it"
+        )
 
     def get_momentum_for_weight(self, weight: Tensor) -> Tensor:
         return Column(self._records, "momentum")[self._name_of(weight)]
@@ -501,45 +422,10 @@ class Masking(Books):
     @property
     def allocation(self) -> Allocation:
         """How active weights are shared out over the layers."""
-        self._module("allocation")
-        assert self._allocation is not None
-        return self._allocation
+        return self._updates.allocation
 
-    def _budgets(self, wanted: float, total: int) -> dict[str, int]:
-        return self.allocation.budgets(blocks(self._records), wanted, total)
-
-    def _check_dense_gradients(self) -> None:
-        for name in self._records if "grad" in self.needs else ():
-            if self._stepping.masked_already(name) or (self.engine and self.engine.holds_gradient(name)):
-                raise UsageError(
-                    f"truncate_weights: the gradient of {name} was masked by step() already; "
-                    "call it after backward() and before step(), or use update_frequency"
-                )
-
-    def _tell_unfrozen(self) -> None:
-        if trained := [name for name, weight in self._frozen.items() if weight.requires_grad]:
-            logger.warning("weights are trained now that were frozen when masks were made, and stay dense: %s", trained)
-            self._frozen = {}
-
-    def _decay_rate(self) -> None:
-        decay = self.death_rate_decay
-        if hasattr(decay, "get_dr"):
-            decay.step()
-            self.prune_rate = decay.get_dr()
-        elif decay is not None:
-            self.prune_rate = decay(self.steps)
-
-
-def _holds(optimizer: torch.optim.Optimizer, weights: Iterable[nn.Parameter]) -> bool:
-    held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
-    return any(id(weight) in held for weight in weights)
-
-
-def _replaces(schedule: Any) -> bool:
-    """Whether updates of a schedule replace weights, at some time at least."""
-    return getattr(schedule, "replaces", True) is not False
-
-
-def _wanted(schedule: Any, step: int, final: int, room: int) -> int:
-    """Active weights at a step, from those at the schedule's target and what there is room for."""
-    return min(round(final * (schedule.density(step) / schedule.target)), room)
+    @property
+    def _updates(self) -> Updates:
+        if self._built is None:
+            raise UsageError("call add_module(model, density=...) first")
+        return self._built

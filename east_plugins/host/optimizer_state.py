@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
 from torch import Tensor
 
@@ -49,3 +51,14 @@ def momentum_factor(optimizer: torch.optim.Optimizer) -> float:
     """The optimizer's decay of past gradients (SGD's momentum, Adam's beta1); 0.9 where it has none."""
     group = optimizer.param_groups[0]
     return group.get("momentum", 0.0) or group.get("betas", (0.9,))[0]
+
+
+def held_by(optimizer: torch.optim.Optimizer) -> set[int]:
+    """Identities of an optimizer's parameters."""
+    return {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+
+
+def holds(optimizer: torch.optim.Optimizer, weights: Iterable[Tensor]) -> bool:
+    """Whether some of the weights are in an optimizer."""
+    held = held_by(optimizer)
+    return any(id(weight) in held for weight in weights)

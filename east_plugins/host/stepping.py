@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import contextlib
+import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from ..errors import UsageError
 from ..ops.active import Active
 from .gradients import MaskedGradients
 from .layers import MaskedWeight
-from .optimizer_state import all_state_tensors, is_elementwise
+from .optimizer_state import all_state_tensors, held_by, is_elementwise
 from .packed import PackedState
 from .watch import Watch
 
@@ -39,6 +41,7 @@ class Stepping:
         self.packed = PackedState(optimizer)
         self.masked = MaskedGradients()
         self._watch = Watch(records)
+        self.others: weakref.WeakSet[torch.optim.Optimizer] = weakref.WeakSet()
         self._dense: dict[str, Tensor] = {}
         self._probed: list[str] = []
 
@@ -93,10 +96,17 @@ class Stepping:
         self.masked.follow({record.name: record.mask for record in records})
         self._watch.left([record.name for record in records])
 
-    def held_by(self, optimizer: torch.optim.Optimizer) -> list[MaskedWeight]:
-        """The weights that are in an optimizer."""
-        held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
-        return [record for record in self.records.values() if id(record.weight) in held]
+    def mask_after(self, optimizer: torch.optim.Optimizer) -> None:
+        """Mask the weights that another optimizer holds, after a step of its; topology updates know it from now on."""
+        held = held_by(optimizer)
+        if records := [record for record in self.records.values() if id(record.weight) in held]:
+            self.others.add(optimizer)
+            self.mask(records, optimizer)
+
+    def all_states(self, weight: Tensor) -> Iterator[Tensor]:
+        """The dense state of a weight in all optimizers that are known to step it."""
+        for optimizer in (self.optimizer, *self.others):
+            yield from all_state_tensors(optimizer, weight)
 
     def left(self, updated: bool = False) -> None:
         """Note how the weights are left; `updated`: after a topology update."""
@@ -109,9 +119,14 @@ class Stepping:
         grads = {name: self.records[name].weight.grad for name in (self.records if names is None else names)}
         return {name: grad for name, grad in grads.items() if grad is not None}
 
-    def masked_already(self, name: str) -> bool:
-        """Whether the gradient of a weight, as it is, was masked by a step."""
-        return self.masked.has_masked(name, self.records[name].weight.grad)
+    def check_dense(self, engine: Any) -> None:
+        """Raise `UsageError` where gradients, as they are, are those of active weights alone."""
+        for name, record in self.records.items():
+            if self.masked.has_masked(name, record.weight.grad) or (engine and engine.holds_gradient(name)):
+                raise UsageError(
+                    f"truncate_weights: the gradient of {name} was masked by step() already; "
+                    "call it after backward() and before step(), or use update_frequency"
+                )
 
     def mask_what_others_wrote(self) -> None:
         """Mask weights and state that somebody else wrote to, or whose masks were."""
@@ -133,12 +148,13 @@ class Stepping:
         return few and record.weight.device.type == "cpu" and is_elementwise(self.optimizer)
 
     def _split(self, engine: Any) -> tuple[dict[nn.Parameter, Active | None], list[str]]:
-        """The active set of each weight with a gradient, None where it is stepped densely, and the names of those
-        whose gradients are to be masked for that."""
+        """The active set of each weight of the optimizer with a gradient, None where it is stepped densely, and the
+        names of those whose gradients are to be masked for that."""
+        held = held_by(self.optimizer)
         sets: dict[nn.Parameter, Active | None] = {}
         masked, self._probed = [], []
         for name, record in self.records.items():
-            if record.weight.grad is None:
+            if record.weight.grad is None or id(record.weight) not in held:
                 continue
             packed = self._packs(record)
             sets[record.weight] = record.active if packed else None

@@ -79,12 +79,13 @@ def _load(folder: Path, options: Config, data: Data) -> Network:
         run = runs.load_run(folder)
         network.model, network.masks = run.model, run.masks
     elif (folder / runs.CHECKPOINT).is_file():
-        network.model, network.masks = _interrupted(folder, options, data)
+        network.model, network.masks, epochs = _interrupted(folder, data)
+        network.metrics = network.metrics[:epochs]  # a run can be some epochs past its last checkpoint
     return network
 
 
-def _interrupted(folder: Path, options: Config, data: Data) -> tuple[nn.Module, dict[str, Tensor]]:
-    """Network and masks of the last checkpoint, taken up in a copy: a run may be going on there."""
+def _interrupted(folder: Path, data: Data) -> tuple[nn.Module, dict[str, Tensor], int]:
+    """Network, masks and epochs of the last checkpoint, taken up in a copy: a run may be going on there."""
     from ..training.trainer import Trainer
 
     with tempfile.TemporaryDirectory() as copy:
@@ -93,7 +94,7 @@ def _interrupted(folder: Path, options: Config, data: Data) -> tuple[nn.Module, 
         trainer = Trainer(dataclasses.replace(runs.read_config(folder), device="cpu"), Path(copy), data)
         trainer.restore()
     trainer.engine.remove()
-    return trainer.model.eval(), {name: mask.clone() for name, mask in trainer.host.masks.items()}
+    return trainer.model.eval(), {name: mask.clone() for name, mask in trainer.host.masks.items()}, trainer.epoch
 
 
 def _measure(network: Network, x: Tensor, y: Tensor) -> dict[str, Any]:

@@ -14,6 +14,25 @@ LABELS = {
 }  # fmt: skip
 
 
+def density_chart(result: dict[str, Any], subject: str, path: Path) -> None:
+    """Milliseconds of a step against density, both logarithmic, with the limit of the arithmetic, of `sweep`.
+
+    Raises `UsageError` where `path` cannot be written, and `MissingExtraError`.
+    """
+    rows = sorted(result["rows"], key=lambda row: row["density"])
+    densities = [row["density"] for row in rows]
+    figure = figures.figure(7, 4.4)
+    axes = figure.subplots()
+    for i, name in enumerate(rows[0]["median_ms"]):
+        axes.plot(densities, [row["median_ms"][name] for row in rows], label=name, **figures.drawn(i))
+    axes.plot(densities, [row["limit_ms"] for row in rows], "k--", linewidth=1, label="arithmetic alone")
+    about = f"{subject}, {result['masks']} masks, batch {result['batch_size']}, {result['threads']} thread(s)"
+    axes.set(xscale="log", yscale="log", xlabel="density", ylabel="ms a training step", title=about)
+    axes.grid(which="major", color="#DDDDDD")
+    axes.legend(frameon=False)
+    figures.save(figure, path, "`plot`")
+
+
 def bar_chart(result: dict[str, Any], subject: str, path: Path) -> None:
     """Milliseconds an image, one bar for each batch size, median with the range of the rounds, beside the size on disk
     (C: compiled), both on logarithmic scales.
@@ -48,4 +67,4 @@ def bar_chart(result: dict[str, Any], subject: str, path: Path) -> None:
     for axes, label in ((left, f"ms an image, {result['threads']} thread(s)"), (right, "KiB on disk")):
         axes.set(xscale="log", xlabel=label)
         axes.margins(x=0.2)
-    figures.save(figure, path, "--plot")
+    figures.save(figure, path, "`plot`")

@@ -26,7 +26,7 @@ def describe(options: Config, classes: int, channels: int) -> dict[str, Any]:
     With DyReLU the parameters are those of the phase in which it is there; MACs are those of inference, after it.
     """
     if classes < 1 or channels < 1:
-        raise UsageError(f"--classes and --channels must be at least 1, got {classes} and {channels}")
+        raise UsageError(f"`classes` and `channels` must be at least 1, got {classes} and {channels}")
     resolved = options.resolve(steps_per_epoch=REFERENCE_STEPS_PER_EPOCH)
     shape = _shape(options, channels)
     model = runs.build_model(resolved, classes, shape)
@@ -43,10 +43,10 @@ def describe(options: Config, classes: int, channels: int) -> dict[str, Any]:
 def latency(options: Config, classes: int, channels: int, repeats: int = 15) -> dict[str, Any]:
     """Milliseconds of one inference (batch 1) with plain and with DCTpS layers, interleaved, and their ratio.
 
-    The paper reports 1.5 times the latency for DCTpS (Section 4). Raises `UsageError` without `--dctps`.
+    The paper reports 1.5 times the latency for DCTpS (Section 4). Raises `UsageError` without `dctps`.
     """
     if not options.dctps:
-        raise UsageError("--latency needs --dctps, whose layers it times beside plain ones")
+        raise UsageError("`latency` needs `dctps`, whose layers it times beside plain ones")
     if options.threads:
         torch.set_num_threads(options.threads)
     resolved = options.resolve(steps_per_epoch=REFERENCE_STEPS_PER_EPOCH)

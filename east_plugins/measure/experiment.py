@@ -83,7 +83,7 @@ def jobs(wanted: Wanted) -> list[compare.Job]:
     try:
         seeds = [int(seed) for seed in wanted.seeds.split(",")]
     except ValueError:
-        raise UsageError(f"--seeds must be whole numbers joined by commas, got {wanted.seeds!r}") from None
+        raise UsageError(f"`seeds` must be whole numbers joined by commas, got {wanted.seeds!r}") from None
     sparsities = [0.9] if wanted.tiny else SPARSITIES
     found = compare.jobs(METHODS[group].split(","), sparsities, seeds, wanted.out / wanted.part, settings(wanted))
     return found[:2] if wanted.tiny else found
@@ -104,7 +104,7 @@ def prepare(source: Path, folder: Path) -> None:
             files[place[-3]].setdefault(place[-2], []).append((path, content))
     classes = sorted(files["train"])
     if not classes or sorted(files["test"]) != classes:
-        raise UsageError(f"--data {source}: expected are train/<class>/ and test/<class>/ with the same classes")
+        raise UsageError(f"`data` {source}: expected are train/<class>/ and test/<class>/ with the same classes")
     unfinished = folder / f".unfinished-{os.getpid()}"
     unfinished.mkdir(parents=True)
     for part, names in (("train", [f"data_batch_{i}" for i in range(1, 6)]), ("test", ["test_batch"])):
@@ -137,7 +137,7 @@ def _files(source: Path) -> Iterator[tuple[str, bytes]]:
                 if file:
                     yield member.name, file.read()
     except (OSError, tarfile.TarError) as error:
-        raise UsageError(f"--data {source} is neither a folder nor a readable tar archive: {error}") from error
+        raise UsageError(f"`data` {source} is neither a folder nor a readable tar archive: {error}") from error
 
 
 def _decode(content: bytes) -> np.ndarray:
@@ -146,7 +146,7 @@ def _decode(content: bytes) -> np.ndarray:
 
     with Image.open(BytesIO(content)) as image:
         if image.size != (32, 32):
-            raise UsageError(f"--data: images must have 32x32 pixels, found {image.width}x{image.height}")
+            raise UsageError(f"`data`: images must have 32x32 pixels, found {image.width}x{image.height}")
         return np.asarray(image.convert("RGB")).transpose(2, 0, 1)
 
 
@@ -234,7 +234,7 @@ def table(out: Path) -> str:
                      + compare.markdown(rows))  # fmt: skip
         everything[model] = {job.out.name: summary for job, summary in pairs}
     if not everything:
-        raise UsageError(f"--out {out} holds no finished run; expected is the folder of the other parts")
+        raise UsageError(f"`out` {out} holds no finished run; expected is the folder of the other parts")
     runs.write_atomically(out / "table.json", json.dumps(everything, indent=1) + "\n")
     text = "\n".join(texts)
     runs.write_atomically(out / "table.md", text)

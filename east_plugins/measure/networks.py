@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import importlib.util
 import sys
 from argparse import Namespace
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import torch
@@ -17,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from ..errors import UnknownNameError, UsageError
+from ..errors import UnknownNameError
 from ..host.masking import Masking
 from ..host.values import sparse_fan_in
 from ..ops.maskable import maskable, modules_of
@@ -26,6 +24,7 @@ from ..plugins.activation import attach, factory
 from ..plugins.rate import Cosine
 from ..sparse.engine import Engine
 from ..training import models
+from .published import itop_core
 
 #: Kind of masks to the allocation that draws them; `trained` ones RigL has moved since.
 MASKS = {"connected": "connected", "ERK": "ERK", "trained": "ERK", "connected-trained": "connected"}
@@ -179,23 +178,3 @@ def _rigl(network: Network, host: Masking) -> None:
         cross_entropy(network.model(x.to(subject.device)), labels.to(subject.device)).backward()
         host.step()
     engine.remove()
-
-
-def itop_file(checkout: Path) -> Path:
-    """The file of a checkout of ITOP that its hosts are in; raises `UsageError`."""
-    file = checkout / "sparselearning" / "core.py"
-    if not file.is_file():
-        raise UsageError(f"--itop {checkout} is no checkout of ITOP: it has no sparselearning/core.py")
-    return file
-
-
-def itop_core(checkout: Path) -> ModuleType:
-    """ITOP's module of hosts, from a checkout; silent, on a machine without CUDA too."""
-    spec = importlib.util.spec_from_file_location("itop_core", itop_file(checkout))
-    assert spec is not None and spec.loader is not None
-    core = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(core)
-    vars(core)["print"] = lambda *args: None
-    if not torch.cuda.is_available():
-        torch.Tensor.cuda = lambda tensor, *args, **kwargs: tensor  # type: ignore[method-assign]
-    return core

@@ -13,13 +13,19 @@ from torch import Tensor
 from ..ops.maskable import maskable
 from ..sparse.engine import Engine
 from .networks import Network, Subject, with_gradients
+from .published import swap_in_sparseprop
 from .timing import interleaved, medians, report
 
 FASTEST_DENSE = ("masked", "masked, channels-last")
 
 
 def step(
-    subject: Subject, batch_size: int = 128, growth: str = "gradient", repeats: int = 3, itop: Path | None = None
+    subject: Subject,
+    batch_size: int = 128,
+    growth: str = "gradient",
+    repeats: int = 3,
+    itop: Path | None = None,
+    sparseprop: Path | None = None,
 ) -> dict[str, Any]:
     """Whole training steps (forward, backward, host) of the same network, batch and masks; and the hosts alone.
 
@@ -32,6 +38,8 @@ def step(
     if itop:
         network = subject.build()
         runs["itop"] = Step(network, network.itop(itop, growth).step, batch_size)
+    if sparseprop:
+        runs["sparseprop"] = by_sparseprop(subject, batch_size, sparseprop)
     rows = interleaved(runs, repeats, subject.device)
     median = medians(rows)
     fastest = min(FASTEST_DENSE, key=lambda name: median[name])
@@ -40,6 +48,8 @@ def step(
         "dense_over_auto": (fastest, "ours, auto"),
         "dense_over_gradient": (fastest, "ours, with dense gradient"),
         "itop_over_sparse": ("itop", "ours, sparse"),
+        "sparseprop_over_sparse": ("sparseprop", "ours, sparse"),
+        "sparseprop_over_auto": ("sparseprop", "ours, auto"),
     }
     hosts, host_ratios = _hosts(subject, growth, max(5, repeats), itop)
     result = report([*rows, *hosts], ratios | host_ratios)
@@ -51,11 +61,9 @@ def _candidates(subject: Subject, batch_size: int, growth: str) -> dict[str, Ste
     masks, plain = subject.drawn, subject.build()
     runs = {"dense, no masks": Step(plain, plain.optimizer.step, batch_size)}
     for name, channels_last in zip(FASTEST_DENSE, (False, True), strict=True):
-        network = subject.build(channels_last)
-        runs[name] = Step(network, dense_masking(network, masks), batch_size, channels_last)
+        runs[name] = dense_masked(subject, batch_size, channels_last)
     for engine in ("sparse", "auto"):
-        network = subject.build()
-        runs[f"ours, {engine}"] = Step(network, ours(network, masks, growth, engine), batch_size)
+        runs[f"ours, {engine}"] = with_engine(subject, batch_size, growth, engine)
     network = subject.build()
     Engine(network.masked(masks, "gradient", 1), subject.shape, "sparse")  # every step is before an update
     runs["ours, with dense gradient"] = Step(network, lambda: None, batch_size)
@@ -126,6 +134,30 @@ class Step:
             "optimizer_state": sum(t.numel() * t.element_size() for t in state) / 2**20,
             "kept_for_backward": sum(kept.values()) / 2**20,
         }
+
+
+def dense_masked(subject: Subject, batch_size: int, channels_last: bool = False) -> Step:
+    """Under dense masking, as ITOP does it."""
+    network = subject.build(channels_last)
+    return Step(network, dense_masking(network, subject.drawn), batch_size, channels_last)
+
+
+def with_engine(subject: Subject, batch_size: int, growth: str, engine: str) -> Step:
+    """Under our host with an engine, between topology updates."""
+    network = subject.build()
+    return Step(network, ours(network, subject.drawn, growth, engine), batch_size)
+
+
+def by_sparseprop(subject: Subject, batch_size: int, checkout: Path) -> Step:
+    """With SparseProp's layers where it finds them faster; weights of the layers that it leaves dense are masked."""
+    network = subject.build()
+    with torch.no_grad():
+        for name, weight in maskable(network.model).items():
+            weight.mul_(subject.drawn[name])
+    swap_in_sparseprop(checkout, network.model, (batch_size, *subject.shape))
+    settings = {name: network.optimizer.defaults[name] for name in ("lr", "momentum", "weight_decay")}
+    network.optimizer = torch.optim.SGD(network.model.parameters(), **settings)
+    return Step(network, dense_masking(network, subject.drawn), batch_size)
 
 
 def ours(network: Network, masks: str | Mapping[str, Tensor], growth: str, engine: str) -> Callable[[], Any]:

@@ -29,7 +29,7 @@ def verdict(entry: Mapping[str, Any], metrics: Sequence[Mapping[str, Any]], clas
 
 def _diverged(metrics: Sequence[Mapping[str, Any]]) -> str:
     first = next((line["epoch"] for line in metrics if line["loss"] is None), None)
-    return "" if first is None else f"diverged: the loss is not finite since epoch {first}, try a smaller --lr"
+    return "" if first is None else f"diverged: the loss is not finite since epoch {first}, try a smaller learning rate"
 
 
 def _dead(entry: Mapping[str, Any], metrics: Sequence[Mapping[str, Any]]) -> str:

@@ -45,19 +45,19 @@ def drawn(number: int) -> dict[str, Any]:
     }
 
 
-def check_path(path: Path, flag: str) -> None:
-    """Raises `UsageError`, naming `flag`, where no picture can be written to `path`, and `MissingExtraError`."""
+def check_path(path: Path, what: str) -> None:
+    """Raises `UsageError`, naming it `what`, where no picture can be written to `path`, and `MissingExtraError`."""
     kinds = figure(1, 1).canvas.get_supported_filetypes()
     if path.suffix[1:].lower() not in kinds:
-        raise UsageError(f"{flag} {path} must end in one of {', '.join(f'.{kind}' for kind in sorted(kinds))}")
+        raise UsageError(f"{what} {path} must end in one of {', '.join(f'.{kind}' for kind in sorted(kinds))}")
     if not path.parent.is_dir():
-        raise UsageError(f"{flag} {path} must be a file in a folder that exists")
+        raise UsageError(f"{what} {path} must be a file in a folder that exists")
 
 
-def save(picture: Figure, path: Path, flag: str) -> None:
-    """Write a picture; raises `UsageError`, naming `flag`, where `path` cannot be written."""
+def save(picture: Figure, path: Path, what: str) -> None:
+    """Write a picture; raises `UsageError`, naming it `what`, where `path` cannot be written."""
     try:
         with replacing(path) as unfinished:
             picture.savefig(unfinished, dpi=150)
     except OSError as error:
-        raise UsageError(f"{flag} {path} cannot be written: {' '.join(str(error).split())[:120]}") from error
+        raise UsageError(f"{what} {path} cannot be written: {' '.join(str(error).split())[:120]}") from error

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
@@ -64,12 +65,12 @@ def output_of(module: nn.Module | None, places: Sequence[Tensor]) -> Tensor:
 
 
 def unwrap(module: nn.Module) -> nn.Module:
-    """The model inside DistributedDataParallel, DataParallel or torch.compile's wrapper."""
+    """The model inside DistributedDataParallel, DataParallel, torch.compile's wrapper or an `AveragedModel`."""
     while (inner := getattr(module, "_orig_mod", None) or _data_parallel_inner(module)) is not None:
         module = inner
     return module
 
 
 def _data_parallel_inner(module: nn.Module) -> nn.Module | None:
-    wrappers = (nn.DataParallel, nn.parallel.DistributedDataParallel)
+    wrappers = (nn.DataParallel, nn.parallel.DistributedDataParallel, torch.optim.swa_utils.AveragedModel)
     return module.module if isinstance(module, wrappers) else None

@@ -14,8 +14,9 @@ from .east import EastOptions
 
 _FIELDS = {field.name for field in dataclasses.fields(Config)} - {"east", "plugin_options"}
 _EAST = {f"east_{field.name}" for field in dataclasses.fields(EastOptions)}
-#: Parameters of `train` and `compare` that are flags as well.
-_OTHERS = {"out", "resume", "download", "methods", "sparsities", "seeds"}
+#: Parameters of `train`, `compare`, what is exported and what is measured that are flags as well.
+_OTHERS = {"out", "resume", "download", "methods", "sparsities", "seeds", "name", "classes", "channels", "latency"}
+_OTHERS |= {"densities", "itop", "sparseprop", "plot"}
 _SPOKEN = _FIELDS | _EAST | _OTHERS
 _SWITCHES = tuple(f"east_{name}" for name in east.SWITCHES)
 

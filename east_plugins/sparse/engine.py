@@ -26,10 +26,10 @@ from ..ops.substitute import spared_buffers
 from ..ops.swap import restore, swap
 from ..plugins.transform.sharing import scale_of
 from . import kernel
-from .check import Check
+from .check import Check, unseen
 from .copies import CompiledCopies
 from .gradient import GradientPlan, gradient_plans
-from .layers import PLAIN, LayerPlan, NormPlan, Planned, Sink, Slot
+from .layers import PLAIN, LayerPlan, NormPlan, Planned, Sink, Slot, in_backward
 from .liveness import Liveness
 
 logger = logging.getLogger(__name__)
@@ -208,7 +208,7 @@ class Engine:
     def _choose(self, x: Tensor) -> Plans | None:
         """The plans of a forward pass, None for a dense one."""
         training = torch.is_grad_enabled()
-        if training and self.host.dense_gradient_next:
+        if training and self.host.dense_gradient_next and not in_backward():
             for sink in self._sinks.values():
                 sink.begin()
         if self.dense or self._is_hooked() or (self.choice == "auto" and self._was_slower(x)):
@@ -241,6 +241,7 @@ class Engine:
         """False inside `functional_call` and in replicas, whose weights are other tensors."""
         return all(module.weight is self._weights[name] for module, name in self._names.items())
 
+    @torch.no_grad()
     def _inactive_are_zero(self) -> bool:
         """Whether the weights are those of the masks; looked at where somebody else than the host wrote to them."""
         versions = [weight._version for weight in self._weights.values()]
@@ -280,7 +281,8 @@ class Engine:
         while self._plans is not None and self.model.training not in self._agreed:
             kind = self.model.training, self._narrow, _reads_all_channels(self.model)
             gradients = "" if kind in self._gives_gradients or not self.model.training else "active"
-            if self._check.agrees(self._plans, x, self._masks_by_id(), gradients=gradients):
+            check = functools.partial(self._check.agrees, self._plans, x, self._masks_by_id(), gradients=gradients)
+            if unseen(check):
                 self._agreed.add(self.model.training)
                 self._gives_gradients.add(kind)
             elif self._narrow:
@@ -310,7 +312,8 @@ class Engine:
         if self._gradient_plans is None:
             plans = gradient_plans(self._plans, self._kept, all_read)
             kind = "dense", all_read
-            if kind not in self._gives_gradients and self._check.agrees(plans, x, {}, gradients="dense"):
+            check = functools.partial(self._check.agrees, plans, x, {}, gradients="dense")
+            if kind not in self._gives_gradients and unseen(check):
                 self._gives_gradients.add(kind)
             if kind not in self._gives_gradients:
                 logger.info("the step before this update is dense")
@@ -346,7 +349,7 @@ class Engine:
         if self.model.training and torch.is_grad_enabled():
             for key, plans in zip(self._keys(x), (self._plans, None), strict=True):
                 if key not in self._seconds:
-                    self._seconds[key] = self._measure(x, plans)
+                    self._seconds[key] = unseen(functools.partial(self._measure, x, plans))
         return self._was_slower(x)
 
     def _was_slower(self, x: Tensor) -> bool:

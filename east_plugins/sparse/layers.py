@@ -53,12 +53,12 @@ class Planned(Swapped):
 
     def forward(self, input, *args, **kwargs):
         plan = self.east_slot.plan
-        if plan is None and self.east_slot.last.plan is not None and _in_backward():
+        if plan is None and self.east_slot.last.plan is not None and in_backward():
             plan = self.east_slot.last.plan  # gradient checkpointing computes a part of the pass again
         return super().forward(input, *args, **kwargs) if plan is None else plan(input)
 
 
-def _in_backward() -> bool:
+def in_backward() -> bool:
     return torch._C._current_graph_task_id() != -1
 
 

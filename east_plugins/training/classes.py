@@ -12,8 +12,8 @@ COUNTS = {
     "imagenet": 1000,
 }  # fmt: skip
 _FIXED = {
-    "cifar10": "airplane automobile bird cat deer dog frog horse ship truck",
-    "fashionmnist": "T-shirt/top Trouser Pullover Dress Coat Sandal Shirt Sneaker Bag Ankle_boot",
+    "cifar10": "airplane,automobile,bird,cat,deer,dog,frog,horse,ship,truck",
+    "fashionmnist": "T-shirt/top,Trouser,Pullover,Dress,Coat,Sandal,Shirt,Sneaker,Bag,Ankle boot",
 }
 _FOLDERS = {"folder": "train", "imagenet": "train", "tinyimagenet": "tiny-imagenet-200/train"}
 
@@ -25,7 +25,7 @@ def count(data: str, data_dir: str | Path | None = None) -> int | None:
 
 def names(data: str, data_dir: str | Path | None, classes: int) -> list[str]:
     """A name for each of `classes` outputs: the data set's own, or their numbers where it has none at hand."""
-    found = _FIXED[data].split() if data in _FIXED else _found(data, data_dir)
+    found = _FIXED[data].split(",") if data in _FIXED else _found(data, data_dir)
     return found if len(found) == classes else [str(i) for i in range(classes)]
 
 

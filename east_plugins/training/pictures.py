@@ -63,4 +63,4 @@ def accuracy(cells: Sequence[Cell], path: Path, chance: float, title: str) -> No
     highest = max([chance, *(value for cell in cells for value in (*cell.accuracies, cell.mean + (cell.spread or 0)))])
     axes.set(xlabel="sparsity", ylabel="test accuracy (%)", ylim=(0, min(100.0, 108 * highest)), title=title)
     axes.legend(loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False)
-    figures.save(figure, path, "--out")
+    figures.save(figure, path, "`out`")

@@ -13,7 +13,7 @@ COMMANDS = [
     "export",
     "info",
     "experiment",
-    *(f"bench {what}" for what in ("step", "update", "inference", "gpu", "startup")),
+    *(f"bench {what}" for what in ("step", "sweep", "update", "inference", "gpu", "startup")),
 ]
 
 

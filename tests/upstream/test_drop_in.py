@@ -122,21 +122,8 @@ def _elsewhere(tmp_path, monkeypatch):
             del sys.modules[name]
 
 
-#: Kinds of which the host does not see yet what others do to its weights.
-UNSEEN = {
-    "dense weights loaded after add_module",
-    "weights copied in between",
-    "the optimizer is stepped as well",
-    "another optimizer in its place",
-    "spectral norm",
-    "weight norm",
-}
-
-
 @pytest.mark.filterwarnings("ignore:Detected call of .lr_scheduler.step")
-@pytest.mark.parametrize(
-    "kind", [pytest.param(kind, marks=[pytest.mark.xfail(strict=False)] * (kind in UNSEEN)) for kind in KINDS]
-)
+@pytest.mark.parametrize("kind", KINDS)
 def test_a_script_of_another_kind_has_itops_density_or_ends_with_a_line(capsys, kind):
     Path("s.py").write_text(SCRIPT.format(density=DENSITY, kind=KINDS[kind]))
     code = command_line.main(["run", "s.py"])

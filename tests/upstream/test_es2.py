@@ -59,7 +59,7 @@ def test_the_host_is_recognised_and_its_masks_are_its_own(capsys, cyclic):
 @pytest.mark.parametrize("ratio", [1, 2, 6])
 def test_our_host_in_its_place_holds_exact_counts(capsys, ratio):
     code, out, said, active = run(capsys, "--east-host", "own", "--east-state", "state.pt", "--ratio", str(ratio))
-    assert code == 0 and "east_plugins host" in said
+    assert code == 0 and "east_plugins host" in said and "left dense" not in said
     unshared = 3 * 8 * 9 + 4 * 8 * 8 * 9 + 8 * 4
     assert set(active.values()) == {round(0.1 * unshared)}  # in the weights of its own, as the script asks
     assert f"'total_params': {unshared}" in out and f"'active_normal_params': {round(0.1 * unshared)}" in out

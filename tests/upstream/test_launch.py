@@ -278,14 +278,18 @@ def stopped(how, file="s.py"):
     ],
 )
 def test_the_state_is_saved_when_the_script_dies(capsys, tmp_path, how, end):
-    before = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGHUP)]
+    before = [signal.signal(number, signal.SIG_DFL) for number in (signal.SIGTERM, signal.SIGHUP)]  # nohup ignores one
     stopped(how)
-    with pytest.raises(end) as raised:
-        run(capsys, "--east-cyclic", "--east-state", "state.pt", script="s.py")
+    try:
+        with pytest.raises(end) as raised:
+            run(capsys, "--east-cyclic", "--east-state", "state.pt", script="s.py")
+        assert {signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGHUP)} == {signal.SIG_DFL}
+    finally:
+        for number, handler in zip((signal.SIGTERM, signal.SIGHUP), before, strict=True):
+            signal.signal(number, handler)
     if end is SystemExit:
         assert raised.value.code in (3, 128 + signal.SIGTERM, 128 + signal.SIGHUP)
     assert torch.load(tmp_path / "state.pt")["steps"] == 6
-    assert [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGHUP)] == before
     assert [path.name for path in tmp_path.glob("state*")] == ["state.pt"]
 
 

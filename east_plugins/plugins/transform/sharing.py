@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import logging
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
@@ -18,6 +19,8 @@ from ...ops.maskable import layers
 from ...ops.swap import Swapped, restore, swap
 from ..registry import transform
 from .dct.layers import is_dct
+
+logger = logging.getLogger(__name__)
 
 _CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
 FORWARDS = {nn.Conv1d.forward, nn.Conv2d.forward, nn.Conv3d.forward}
@@ -44,6 +47,16 @@ class _Borrower(Swapped, _Convolution):
 
     def forward(self, input: Tensor) -> Tensor:
         return self._conv_forward(input, self.weight * self.scale, self.bias)
+
+    def _load_from_state_dict(self, state_dict, prefix, *args):
+        weight = state_dict.get(f"{prefix}weight")
+        if weight is not None and f"{prefix}scale" not in state_dict:
+            logger.warning(
+                "%sweight is not of a network that shares weights, and takes the place of the lent one: load a plain "
+                "checkpoint before `share`",
+                prefix,
+            )
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
 
 @transform.register("share")

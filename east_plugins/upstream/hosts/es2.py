@@ -57,14 +57,12 @@ class _OwnHost(Masking):
 
     def add_module(self, module: nn.Module, density: float = 0.05, sparse_init: str = "ERK", **kwargs: Any) -> None:
         model = unwrap(module)
-        for name, part in model.named_modules():
-            if "relu" in name.lower():
-                vars(part)["east_plugin"] = True  # DyReLU's matrices are no maskable weights
+        dyrelu = [name for name, _ in model.named_parameters() if "relu" in name.lower()]  # as its own masks leave out
         if _cyclic(self.args) and self.prune_every_k_steps and self.steps_per_cycle:
             self.schedule = self._cycles(density)
             close, decay = self.schedule.close, own_decay(self.death_rate_decay, self.death_rate)
             self.death_rate_decay = lambda step: 0.0 if step <= close else decay(step)  # cycles replace nothing
-        super().add_module(module, density, sparse_init, **kwargs)
+        super().add_module(module, density, sparse_init, exclude=dyrelu, **kwargs)
 
     def _cycles(self, density: float) -> Cyclic:
         args, lengths = self.args, self.steps_per_cycle

@@ -153,7 +153,7 @@ def test_inputs_and_outputs_are_used_where_the_budgets_allow_it():
 
 def test_is_registered_as_an_allocation_that_draws():
     entry = allocation.entry("connected")
-    assert entry.object is draw and entry.meta == {"draws": True, "budgets": "ERK"}
+    assert entry.meta == {"draws": True} and entry.bound().budgets == "ERK"
 
 
 def test_depends_on_the_generator_only_and_leaves_the_model_as_it_was():
