@@ -25,7 +25,7 @@ enum { BYTES = 16, TILE = 8 };
 #endif
 typedef REAL vec __attribute__((vector_size(BYTES), aligned(sizeof(REAL)), may_alias));
 enum { LANES = BYTES / sizeof(REAL) };
-enum { FIRST_CACHE = 24 << 10, SECOND_CACHE = 440 << 10 }; /* bytes that may be filled */
+enum { FIRST_CACHE = 24 << 10, SECOND_CACHE = 440 << 10, SUMS = 1300 << 10 }; /* bytes that may be filled */
 enum { RUN = 16 };     /* taps of one channel in a block that are worth loading and storing a tile */
 enum { EXACT = 4096 }; /* terms that a lane adds up before it goes to a double */
 
@@ -79,7 +79,7 @@ static void measure_copy(const Pass *p, Cut *c, int rows, int columns)
     c->channel = c->row * ((rows - 1) * p->row_stride + p->bottom - p->top + 1);
 }
 
-static Cut cut(const Pass *p, int channels, int sources, int count, int shares)
+static Cut cut(const Pass *p, int channels, int sources, int count, int copied)
 {
     Cut c = {0};
     choose_tile(p, &c);
@@ -87,7 +87,8 @@ static Cut cut(const Pass *p, int channels, int sources, int count, int shares)
     const int fits = (int)(FIRST_CACHE / (c.channel * BYTES));
     const int enough = (int)((int64_t)RUN * channels * sources / most(count, 1));
     c.block = least(most(most(fits, enough), 1), most(sources, 1));
-    c.copied = least(sources, most(c.block, (int)(SECOND_CACHE / (c.channel * BYTES)) / c.block * c.block));
+    c.copied = least(copied, (int)(SECOND_CACHE / (c.channel * BYTES)));
+    c.copied = least(most(pieces(c.copied, c.block), 1) * c.block, most(sources, 1));
     for (int grown = 1; grown;) { /* a larger region shares more of what it reads, and a square one most */
         const Cut small = c;
         grown = 0;
@@ -101,7 +102,6 @@ static Cut cut(const Pass *p, int channels, int sources, int count, int shares)
                 c = small;
         }
     }
-    c.copied = most(least(c.copied, pieces(pieces(sources, shares), c.block) * c.block), 1);
     c.blocks = pieces(sources, c.block);
     c.regions_down = pieces(p->rows, c.rows);
     c.regions = c.regions_down * pieces(p->columns, c.columns) * pieces(p->images, LANES);
@@ -363,7 +363,7 @@ int gather_blocks(const Pass *p, int channels, int sources, const int32_t *first
                   REAL *out)
 {
     const int count = first[channels];
-    const Cut c = cut(p, channels, sources, count, 1);
+    const Cut c = cut(p, channels, sources, count, sources);
     int32_t *place, *begin = arrange(&c, channels, first, source, &place);
     Entry *entries = malloc(((size_t)count + 1) * sizeof *entries);
     int failed = !begin || !entries;
@@ -388,12 +388,17 @@ int gather_blocks(const Pass *p, int channels, int sources, const int32_t *first
     return failed;
 }
 
-static void flush(vec *sums, double *totals, int count)
+/* Adds up the lanes of `sums` into `totals`. */
+static void flush(const vec *sums, double *totals, int count)
 {
+    typedef REAL lanes __attribute__((vector_size(16), may_alias));
     for (int t = 0; t < count; t++) {
-        for (int l = 0; l < LANES; l++)
-            totals[t] += (double)sums[t][l];
-        sums[t] = (vec){0};
+        const lanes *part = (const lanes *)&sums[t];
+        lanes sum = part[0];
+        for (int k = 1; k < BYTES / 16; k++)
+            sum += part[k];
+        for (int l = 0; l < (int)(16 / sizeof(REAL)); l++)
+            totals[t] += (double)sum[l];
     }
 }
 
@@ -403,9 +408,10 @@ static void products(const Pass *p, const Cut *c, const int32_t *offsets, const 
 {
     const int first = s / c->block, last = least(pieces(s + c->copied, c->block), c->blocks);
     const int from = begin[first * channels], to = begin[last * channels];
-    int terms = 0;
-    for (int k = 0; k < c->regions; k++) {
+    for (int k = 0, terms = 0; k < c->regions; k++) {
         const Place region = place_of(p, c, k);
+        if (!terms)
+            memset(sums + from, 0, (size_t)(to - from) * BYTES);
         copy_region(p, c, in, s, sources, region, copy);
         products_in(p, c, offsets, begin, channels, first, last, copy, grad, region, sums);
         terms += c->rows * c->columns;
@@ -421,14 +427,13 @@ int weight_gradient_blocks(const Pass *p, int channels, int sources, const int32
                            const int32_t *dy, const int32_t *dx, const REAL *grad_out, const REAL *in, double *gradient)
 {
     const int count = first[channels];
-    const Cut c = cut(p, channels, sources, count, threads());
+    const int each = (int)((int64_t)SUMS * sources / ((int64_t)most(count, 1) * BYTES)); /* their sums fit, too */
+    const Cut c = cut(p, channels, sources, count, least(each, pieces(sources, threads())));
     int32_t *place, *begin = arrange(&c, channels, first, source, &place);
     int32_t *offsets = malloc(((size_t)count + 1) * sizeof *offsets);
     double *totals = calloc((size_t)count + 1, sizeof *totals);
     vec *sums = aligned_alloc(64, ((size_t)count * BYTES + 127) / 64 * 64);
     int failed = !begin || !offsets || !totals || !sums;
-    if (!failed)
-        memset(sums, 0, (size_t)count * BYTES);
     for (int t = 0; t < count && !failed; t++)
         offsets[place[t]] = offset(p, &c, source[t], dy[t], dx[t]);
 #pragma omp parallel reduction(| : failed)

@@ -76,6 +76,8 @@ class BlockConvolution:
         self.shape = (taps.outputs, *out)
         self.forward = self._forward(taps, axes, (height, width), out)
         self.backward = list(self._backward(taps, axes, (height, width), out))
+        written = sum(rows.count * columns.count for _, (rows, columns) in self.backward)
+        self.covered = written == height * width  # by the passes of the input gradient
 
     @staticmethod
     def _forward(taps: TapConvolution, axes: tuple, sizes: tuple[int, int], out: list[int]) -> tuple[Taps, list[_Axis]]:
@@ -123,8 +125,7 @@ class BlockConvolution:
         return out
 
     def input_gradient(self, grad: Tensor, values: Tensor, like: Tensor) -> Tensor:
-        whole = len(self.backward) == 1 and all(axis.step == 1 for axis in self.backward[0][1])
-        grad_x = torch.empty_like(like) if whole else torch.zeros_like(like)
+        grad_x = torch.empty_like(like) if self.covered else torch.zeros_like(like)
         for taps, axes in self.backward:
             self._gather(taps, axes, self.sources[1], values, grad, grad_x)
         return grad_x

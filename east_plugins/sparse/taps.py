@@ -47,7 +47,7 @@ def supported(module: nn.Module, x: Tensor) -> bool:
     )
 
 
-#: Taps a channel from which on `blocks` is faster.
+#: Taps a channel from which on `blocks` is faster: measured on ResNet-34's layers at density 0.001, 0.003 and 0.01.
 MANY = 7
 
 
@@ -81,7 +81,7 @@ class TapConvolution:
 
     def blocks(self, height: int, width: int) -> BlockConvolution | None:
         """The same by blocks of channels, where each channel is read by so many taps that copying it pays."""
-        if len(self.target) < MANY * max(self.inputs, self.outputs) or max(self.stride) > 30:
+        if len(self.target) < max(1, MANY * max(self.inputs, self.outputs)) or max(self.stride) > 30:
             return None
         if (height, width) not in self._blocks:
             self._blocks[height, width] = BlockConvolution(self, height, width)
