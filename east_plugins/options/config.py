@@ -31,7 +31,7 @@ _DEFAULTS: dict[str, Any] = dict(
     density=0.001, growth="random", death="magnitude", redistribution="none", death_rate=0.5, sparse_init="ERK",
     weight_init="default", prune_scope="local", prune_rounding="floor", last_update=False, density_schedule="constant",
     dctps=False, validation_split="stratified", crop_padding="zero", bias_free_head=False, tested="best",
-    nesterov=False, clip_norm_of="all",
+    nesterov=False,
 )  # fmt: skip
 
 _METHOD_HELP = (
@@ -310,7 +310,6 @@ class Resolved(Config):
     prune_rounding: str
     last_update: bool
     nesterov: bool
-    clip_norm_of: str
     lr: float
     lr_drops: list[float]
     east: ResolvedEast

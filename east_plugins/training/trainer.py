@@ -182,7 +182,7 @@ class Trainer:
             loss = F.cross_entropy(output, y)
         loss.backward()
         if self.options.clip_norm is not None:
-            self.host.clip_grad_norm_(self.options.clip_norm, of=self.options.clip_norm_of)
+            self.host.clip_grad_norm_(self.options.clip_norm, of=self.options.clip_norm_of or "all")
         self.host.step()
         self.scheduler.step()
         self.totals.add(loss.detach(), (output.argmax(1) == y).sum(), len(y))
