@@ -41,7 +41,8 @@ def main(argv: Sequence[str]) -> int:
     if given.get("model") == "help":
         print("\n".join([*models.names(), "torchvision:<name>"]))
         return 0
-    options = sources.from_flags(given, **DEFAULTS)
+    defaults = {**DEFAULTS, **({"method": "rigl+cyclic"} if "recipe" in given else {})}
+    options = sources.from_flags(given, **defaults)
     own_channels, size = images.known_shape(options.data) or (3, 32)
     channels = own_channels if channels is None else channels
     classes = (known.count(options.data, options.data_dir) or 10) if classes is None else classes
@@ -68,6 +69,7 @@ def as_text(report: dict[str, Any]) -> str:
         ("stored", "", f"{report['stored_mib']:.2f} MiB, fixed matrices included"),
         ("maskable weights", f"{report['maskable']:,}", ""),
         ("active weights", f"{report['nonzeros']:,}", f"density {report['density']:.6f}"),
+        ("  after the cycles", f"{report['nonzeros_end']:,}", ""),
         ("  on a path", f"{on_path:,}", f"effective density {report['effective_density']:.6f}"),
         ("dense inference", f"{report['dense_macs']:,}", "MACs"),
         ("sparse inference", f"{report['sparse_macs']:,}", "MACs"),

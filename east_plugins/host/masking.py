@@ -61,6 +61,7 @@ class Masking(Books, Pace):
         schedule: density schedule; by default the density given to `add_module`, constant.
         prune_scope: "local" (every layer drops its own share) or "global" (a falling density drops the least important
             weights over all layers).
+        prune_rounding: "floor" or, as in ITOP, "ceil": the share of a layer that is replaced as a whole number.
         keep_connected: keep grown and kept weights on input-to-output paths (needs `input_shape`).
         seed: seed of all random choices; by default torch's initial seed, without drawing from it.
         plugins: callables run with the host at the end of every step, for example phased activations.
@@ -82,6 +83,7 @@ class Masking(Books, Pace):
         update_frequency: int | None = 100,
         schedule: Any = None,
         prune_scope: str = "local",
+        prune_rounding: str = "floor",
         keep_connected: bool = False,
         seed: int | None = None,
         plugins: Sequence[HostPlugin] = (),
@@ -101,7 +103,7 @@ class Masking(Books, Pace):
         self._options = {kind: dict(values) for kind, values in (options or {}).items()}
         if death_mode == "threshold":
             self._options.setdefault("pruning", {}).setdefault("threshold", threshold)
-        self._asked = growth_mode, death_mode, redistribution_mode, prune_scope
+        self._asked = growth_mode, death_mode, redistribution_mode, prune_scope, prune_rounding
         self._bind_rules()
 
         seed = torch.initial_seed() if seed is None else seed

@@ -64,7 +64,7 @@ def of(
     phased = activations(resolved, network, input_shape) if resolved.east.dyrelu else None
     if resolved.east.share:
         try:
-            share(network, resolved.east.share_from, optimizer)
+            share(network, resolved.east.share_from, optimizer, resolved.east.share_scale)
         except UsageError:
             if phased is not None:
                 phased.remove()
@@ -92,6 +92,7 @@ def hosted(
         redistribution_mode=resolved.redistribution,
         schedule=resolved.schedule(),
         prune_scope=resolved.prune_scope,
+        prune_rounding=resolved.prune_rounding,
         keep_connected=resolved.keep_connected,
         seed=resolved.seed,
         plugins=plugins,
@@ -122,4 +123,6 @@ def activations(resolved: Resolved, model: nn.Module, input_shape: Sequence[int]
         input_shape,
         phase_out=tricks.phase_out(resolved.steps_per_epoch),
         generator=torch.Generator().manual_seed(resolved.seed),
+        blend=tricks.dyrelu_blend,
+        late=tricks.dyrelu_late,
     )

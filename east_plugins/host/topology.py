@@ -20,13 +20,15 @@ class Rules:
 
     `grow` and `prune` return one score a weight, `redistribute` the layer's share of the growth or None for "every
     layer keeps its budget". With `scope` "global" a falling density drops the least important weights of all layers
-    together; what is replaced is each layer's own share (GraNet, Liu et al. 2021, Algorithm 1).
+    together; what is replaced is each layer's own share (GraNet, Liu et al. 2021, Algorithm 1). `whole` makes a whole
+    number of the share that is replaced: `int`, or `math.ceil` as in ITOP.
     """
 
     grow: Callable[[Layer, int], Tensor]
     prune: Callable[[Layer, int], Tensor]
     redistribute: Callable[[Layer, int], Tensor] | None = None
     scope: str = "local"
+    whole: Callable[[float], int] = int
 
 
 @dataclass
@@ -108,7 +110,7 @@ def _count(changes: Sequence[Change], rules: Rules) -> None:
     total = sum(change.budget for change in changes)
     base = min(sum(change.active for change in changes), total)
     if shares is not None and rules.scope == "local":
-        _drop_over_all(changes, base)
+        _drop_over_all(changes, base, rules.whole)
         return _grow(changes, shares, total)
     if rules.scope == "global":
         _keep_most_important(changes, base)
@@ -116,7 +118,7 @@ def _count(changes: Sequence[Change], rules: Rules) -> None:
         for change in changes:
             change.base = min(change.active, change.budget)
     for change in changes:
-        change.kept = min(change.base, max(change.base - int(change.rate * change.base), change.fixed))
+        change.kept = min(change.base, max(change.base - rules.whole(change.rate * change.base), change.fixed))
         change.count = change.budget
     if shares is not None:
         _grow(changes, shares, total)
@@ -126,12 +128,12 @@ def _count(changes: Sequence[Change], rules: Rules) -> None:
             change.count = change.base + more
 
 
-def _drop_over_all(changes: Sequence[Change], base: int) -> None:
+def _drop_over_all(changes: Sequence[Change], base: int, whole: Callable[[float], int]) -> None:
     """A share of the base is dropped over all layers, in proportion to their active weights."""
     active = [change.active for change in changes]
     fixed = [change.fixed if change.rate else change.active for change in changes]
     rate = max(change.rate for change in changes)
-    kept = min(base, max(base - int(rate * base), sum(fixed), len(changes)))
+    kept = min(base, max(base - whole(rate * base), sum(fixed), len(changes)))
     lower: int | list[int] = [max(1, f) for f in fixed] if sum(fixed) + len(changes) <= kept else 1
     for change, keep in zip(changes, apportion(active, kept, lower, active), strict=True):
         change.kept = keep

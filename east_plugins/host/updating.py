@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -20,6 +21,9 @@ from .stepping import Stepping
 
 Spec = str | Callable
 
+#: What makes a whole number of the share of a layer that is replaced.
+ROUNDINGS: dict[str, Callable[[float], int]] = {"floor": int, "ceil": math.ceil}
+
 
 class RuleSet:
     """The three rules of a host, found by what it was given for them.
@@ -35,11 +39,14 @@ class RuleSet:
         prune: Spec,
         redistribution: Spec,
         scope: str,
+        rounding: str,
         host: Any,
         options: Mapping[str, Mapping[str, Any]],
     ):
         if scope not in ("local", "global"):
             raise UsageError(f"`prune_scope` must be local or global, got {scope!r}")
+        if rounding not in ROUNDINGS:
+            raise UsageError(f"`prune_rounding` must be one of {', '.join(ROUNDINGS)}, got {rounding!r}")
         grower, grow, needs = bound("growth", growth, host, options.get("growth"))
         pruner, drop, more = bound("pruning", prune, host, options.get("pruning"))
         sharer, share = "none", None
@@ -47,7 +54,7 @@ class RuleSet:
         if redistribution != "none":
             sharer, share, more = bound("redistribution", redistribution, host, options.get("redistribution"))
             self.names, self.needs = (grower, pruner, sharer), self.needs | more
-        self.rules = topology.Rules(grow, drop, share, scope)
+        self.rules = topology.Rules(grow, drop, share, scope, ROUNDINGS[rounding])
 
 
 class Updates:

@@ -35,6 +35,8 @@ def describe(options: Config, classes: int, channels: int) -> dict[str, Any]:
     optimizer = torch.optim.SGD(model.parameters())
     host = presets.hosted(Masking, resolved, model, optimizer, shape)
     report = dataclasses.asdict(costs(model, shape, host.name2nonzeros))
+    report["nonzeros_start"] = host.nonzeros
+    report["nonzeros_end"] = host.target_nonzeros(getattr(host.schedule, "close", resolved.steps) + 1)
     report["effective_density"] = effective_density(model, host.masks, shape)
     report["density"] = report["nonzeros"] / report["maskable"]
     return report

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from ..errors import UsageError
+from ..errors import UnknownNameError, UsageError
 from ..plugins import registry
 from ..plugins.density import check_density
 from ..plugins.protocols import DensitySchedule, RateDecay
@@ -26,6 +26,14 @@ def _epochs(text: str) -> list[float]:
         raise argparse.ArgumentTypeError(f"must be epochs joined by commas, or none, got {text!r}") from None
 
 
+#: Settings that neither method nor recipe nor the run's length decides.
+_DEFAULTS: dict[str, Any] = dict(
+    density=0.001, growth="random", death="magnitude", redistribution="none", death_rate=0.5, sparse_init="ERK",
+    weight_init="default", prune_scope="local", prune_rounding="floor", last_update=False, density_schedule="constant",
+    dctps=False, validation_split="stratified", crop_padding="zero", bias_free_head=False, tested="best",
+    nesterov=False,
+)  # fmt: skip
+
 _METHOD_HELP = (
     f"method, with +trick for each addition: {', '.join(methods.METHODS)}; tricks: {', '.join(methods.TRICKS)}"
 )
@@ -40,6 +48,9 @@ class Config:
     """
 
     method: str = option("east", _METHOD_HELP)
+    recipe: str | None = option(
+        None, f"how the method is trained: {', '.join(methods.RECIPES)}; what is given by hand goes before it"
+    )
     model: str = option("resnet34", "network, see `info --model help`")
     width: int | None = option(None, "channels of the network's stem (default: its own, 64 in resnet34)", type=int)
     data: str = option("digits", "digits, mnist, fashionmnist, cifar10, cifar100, tinyimagenet, imagenet or folder")
@@ -47,6 +58,19 @@ class Config:
     image_size: int | None = option(None, "pixels of an image's side (default: the data's own)", type=int)
     limit: int | None = option(None, "train on so many images only", type=int)
     validation: float = option(0.1, "share of the training images that chooses the checkpoint", type=float)
+    validation_split: str | None = option(
+        None, "which ones: stratified by class at random, or the last ones in the data's order (default: stratified)",
+        choices=["stratified", "last"],
+    )  # fmt: skip
+    crop_padding: str | None = option(
+        None, "what random crops find beyond an image's edge: zeros or its reflection (default: zero)",
+        choices=["zero", "reflect"],
+    )  # fmt: skip
+    bias_free_head: bool | None = option(None, "the classifier, the last linear layer, has no bias", switch=True)
+    tested: str | None = option(
+        None, "network that is tested: of the best epoch by validation, or of the last (default: best)",
+        choices=["best", "last"],
+    )  # fmt: skip
 
     density: float | None = option(None, "active share of the maskable weights (default: 0.001)", type=float)
     growth: str | None = option(None, "growth rule (default: of the method)")
@@ -64,6 +88,11 @@ class Config:
         None, "initial values; sparse-fan-in scales them for the active fan-in", choices=["default", "sparse-fan-in"]
     )
     prune_scope: str | None = option(None, "prune per layer or over all (default: local)", choices=["local", "global"])
+    prune_rounding: str | None = option(
+        None, "the share of a layer that is replaced as a whole number (default: floor; ITOP: ceil)",
+        choices=["floor", "ceil"],
+    )  # fmt: skip
+    last_update: bool | None = option(None, "a topology update may come at the very last step, as in ITOP", switch=True)
     keep_connected: bool = option(False, "updates keep weights on input-to-output paths")
     density_schedule: str | None = option(
         None, "density over time without cycles: constant, gradual or one-shot (default: of the method)"
@@ -80,10 +109,20 @@ class Config:
     optimizer: str = option("sgd", "optimizer", choices=["sgd", "adam", "adamw"])
     lr: float | None = option(None, "learning rate (default: 0.1 for sgd, 0.001 for adam and adamw)", type=float)
     lr_drops: list[float] | None = option(
-        None, "epochs of tenfold drops of the rate (default: 75,150 of 250; adam: none)", type=_epochs, metavar="E,E"
+        None,
+        "epochs of tenfold drops of the rate (default: at a half and three quarters; adam: none)",
+        type=_epochs,
+        metavar="E,E",
     )
     momentum: float = option(0.9, "momentum of sgd", type=float)
-    nesterov: bool = option(False, "Nesterov momentum")
+    nesterov: bool | None = option(None, "Nesterov momentum", switch=True)
+    clip_norm: float | None = option(
+        None, "largest norm of the gradient; longer ones are cut (default: none)", type=float
+    )
+    clip_norm_of: str | None = option(
+        None, "gradients that the norm counts: those of active weights, or all, as in published scripts (default: all)",
+        choices=["active", "all"],
+    )  # fmt: skip
     weight_decay: float = option(1e-4, "L2 regularisation", type=float, aliases=["--l2"])
     seed: int = option(0, "seed of everything random", type=int)
     device: str | None = option(None, "cpu, cuda, cuda:1, ... (default: cuda where there is one)")
@@ -103,10 +142,16 @@ class Config:
         check_choices(self)
         self._check_numbers()
         self._check_names()
-        if self.nesterov and not (self.optimizer == "sgd" and self.momentum > 0):
+        if self.recipe is not None and self.recipe not in methods.RECIPES:
+            raise UnknownNameError("`recipe`", self.recipe, methods.RECIPES)
+        if self.nesterov and not self._has_momentum:
             raise UsageError(
                 f"`nesterov` needs `optimizer` sgd and `momentum` over 0, got {self.optimizer} and {self.momentum:g}"
             )
+        if self.clip_norm is not None and not 0 < self.clip_norm < math.inf:
+            raise UsageError(f"`clip_norm` must be over 0, got {self.clip_norm}")
+        if self.clip_norm_of is not None and self.decided("clip_norm") is None:
+            raise UsageError("`clip_norm_of` needs `clip_norm`")
         if self.compile and self.engine == "sparse":
             raise UsageError("`compile` goes with `engine` dense: the sparse engine has compiled kernels of its own")
         self._check_method()
@@ -148,6 +193,10 @@ class Config:
             raise UsageError("`density_schedule` cyclic is `east_cyclic`, which has its numbers")
 
     @property
+    def _has_momentum(self) -> bool:
+        return self.optimizer == "sgd" and self.momentum > 0
+
+    @property
     def preset(self) -> methods.Preset:
         """What the method's name stands for."""
         return methods.preset(self.method, self.dctps)
@@ -168,7 +217,25 @@ class Config:
         """The plugin of each kind that is asked for, by the method where not by hand."""
         named = {name: getattr(self, name) for name in plugged.BY_SETTING if not name.startswith("east_")}
         asked = {name: value for name, value in named.items() if value is not None}
-        return {"sparse_init": "ERK", **self.preset.settings, **asked, "east_dyrelu_type": self.east.dyrelu_type}
+        known = {"sparse_init": "ERK", **self._recipe(), **self.preset.settings}
+        return {**known, **asked, "east_dyrelu_type": self.east.dyrelu_type}
+
+    def _recipe(self) -> dict[str, Any]:
+        """What the recipe says, as far as it concerns this run."""
+        values = methods.RECIPES[self.recipe].values() if self.recipe else {}
+        if self.optimizer != "sgd":
+            values.pop("lr_drops", None)
+        if not self._has_momentum:
+            values.pop("nesterov", None)
+        return values
+
+    def decided(self, name: str) -> Any:
+        """The value of a setting that does not depend on the run's length: asked for, of the method, of the recipe, or
+        the default."""
+        asked = getattr(self, name)
+        if asked is not None:
+            return asked
+        return self.preset.settings.get(name, self._recipe().get(name, _DEFAULTS.get(name)))
 
     def resolve(self, steps_per_epoch: int) -> Resolved:
         """All defaults filled in for a run of `epochs` times `steps_per_epoch` steps (Table B.1, scaled).
@@ -176,31 +243,36 @@ class Config:
         What is asked for goes before what the method stands for, and that before the defaults. Raises `UsageError`
         where settings contradict each other or the method.
         """
-        total, preset = self.epochs * steps_per_epoch, self.preset
+        total, preset, recipe = self.epochs * steps_per_epoch, self.preset, self._recipe()
         adam = self.optimizer != "sgd"
-        defaults: dict[str, Any] = dict(
-            density=0.001, growth="random", death="magnitude", redistribution="none", death_rate=0.5, sparse_init="ERK",
-            weight_init="default", prune_scope="local", density_schedule="constant", dctps=False,
-            lr=0.001 if adam else 0.1,
-            lr_drops=[] if adam else [self.epochs * drop / east.REFERENCE_EPOCHS for drop in (75, 150)],
-        )  # fmt: skip
+        drops = () if adam else recipe.pop("lr_drops", (0.5, 0.75))
+        defaults = {
+            **_DEFAULTS,
+            "lr": 0.001 if adam else 0.1,
+            "lr_drops": [self.epochs * drop for drop in drops],
+        }
         if preset.update is not None:
             defaults["update_frequency"] = scaled_steps(preset.update, total)
         asked = {name: value for name, value in vars(self).items() if value is not None}
         fields = {field.name for field in dataclasses.fields(self)}
-        ours = {name: value for name, value in preset.settings.items() if name in fields}
+        ours = {name: value for name, value in {**recipe, **preset.settings}.items() if name in fields}
         values = {**vars(self), **defaults, **ours, **asked}
-        values["east"] = self._resolve_east(preset, steps_per_epoch, min(values["lr_drops"], default=None))
+        values["east"] = self._resolve_east(preset, recipe, steps_per_epoch, min(values["lr_drops"], default=None))
         values["plugin_options"] = self._resolve_options(values)
         found = Resolved(**values, steps_per_epoch=steps_per_epoch)
         found.schedule()
         return found
 
-    def _resolve_east(self, preset: methods.Preset, steps_per_epoch: int, first_drop: float | None) -> ResolvedEast:
+    def _resolve_east(
+        self, preset: methods.Preset, recipe: Mapping[str, Any], steps_per_epoch: int, first_drop: float | None
+    ) -> ResolvedEast:
         switches = {name: preset.settings.get(f"east_{name}", False) for name in east.SWITCHES}
         given = {name: value for name, value in switches.items() if getattr(self.east, name) is None}
         asked = dataclasses.replace(self.east, **given)
         asked.check_used()
+        ours = {name.removeprefix("east_"): value for name, value in recipe.items() if name.startswith("east_")}
+        on = {name: value for name, value in ours.items() if getattr(asked, name.split("_")[0])}
+        asked = dataclasses.replace(asked, **{n: value for n, value in on.items() if getattr(asked, n) is None})
         found = asked.resolve(self.epochs, steps_per_epoch, first_drop)
         if found.dyrelu and self.east.dyrelu_end is None and round(found.dyrelu_end * steps_per_epoch) < 1:
             raise UsageError(
@@ -231,6 +303,13 @@ class Resolved(Config):
     prune_scope: str
     density_schedule: str
     dctps: bool
+    validation_split: str
+    crop_padding: str
+    bias_free_head: bool
+    tested: str
+    prune_rounding: str
+    last_update: bool
+    nesterov: bool
     lr: float
     lr_drops: list[float]
     east: ResolvedEast
@@ -255,12 +334,13 @@ class Resolved(Config):
     def schedule(self) -> DensitySchedule:
         """The density over the run; raises `UsageError` where its numbers cannot be."""
         frequency = None if self.static else self.update_frequency
+        end = self.steps + self.last_update
         if self.density_schedule == "constant":
-            return self.east.density_schedule(self.density, self.steps_per_epoch, frequency, self.steps)
+            return self.east.density_schedule(self.density, self.steps_per_epoch, frequency, end)
         options = self.options_of("density_schedule")
         make = registry.density.bound(self.density_schedule, options)
         try:
-            return make(self.density, frequency=frequency, end=self.steps)
+            return make(self.density, frequency=frequency, end=end)
         except UsageError as error:
             raise UsageError(plugged.rename(str(error), options, "density_schedule_")) from error
 

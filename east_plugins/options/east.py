@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from ..errors import UsageError
-from ..plugins.density import PATTERNS, Constant, Cyclic
+from ..plugins.density import PATTERNS, Constant, Cyclic, OpenCyclic
 from . import flags
 from .flags import option, read_yaml
 from .plugged import rename
@@ -49,6 +49,13 @@ class EastOptions:
         "steps between topology updates inside the cycles (default: the run's steps / 251, as 350 of 88,000)",
         type=int,
     )
+    cyclic_replace: bool | None = option(
+        None, "updates inside the cycles replace weights as well, beside following the density", switch=True
+    )
+    cyclic_open: bool | None = option(
+        None, "cycles as the authors' code runs them: no update closes them, and the density stays above the target",
+        switch=True,
+    )  # fmt: skip
     dyrelu: bool | None = option(
         None, "phased activation: DyReLU for every ReLU at first, plain ReLU at the end", switch=True
     )
@@ -64,17 +71,30 @@ class EastOptions:
     dyrelu_end: float | None = option(
         None, "epoch at which plain ReLU is left (default: just before the first learning-rate drop)", type=float
     )
+    dyrelu_blend: str | None = option(
+        None, "blended in the phase-out: outputs, or DyReLU's coefficients with (1, 0, 0, 0) (default: outputs)",
+        choices=["outputs", "coefficients"],
+    )  # fmt: skip
+    dyrelu_late: bool | None = option(
+        None, "plain ReLU until the phase-out begins, at which DyReLU enters", switch=True
+    )
     share: bool | None = option(None, "weight sharing between the equal blocks of every residual stage", switch=True)
     share_from: int = option(2, "block of a stage, counted from 1, that lends its weights to the later ones", type=int)
 
+    share_scale: str | None = option(
+        None, "start of the scales of borrowed weights: one, or uniform in (0, 1) (default: one)",
+        choices=["one", "uniform"],
+    )  # fmt: skip
+
     def __post_init__(self) -> None:
+        for field in dataclasses.fields(self):
+            value, choices = getattr(self, field.name), field.metadata.get("choices")
+            if choices is not None and value is not None and value not in choices:
+                raise UsageError(f"{flag(field.name)} must be one of {', '.join(choices)}, got {value!r}")
         for name, low in (("cyclic_length", 0), ("dyrelu_start", -1), ("dyrelu_end", -1)):
             value = getattr(self, name)
             if value is not None and not low < value < 1e9:
                 raise UsageError(f"{flag(name)} must be a number of epochs, got {value}")
-        if self.cyclic_pattern not in PATTERNS:
-            allowed = ", ".join(PATTERNS)
-            raise UsageError(f"{flag('cyclic_pattern')} must be one of {allowed}, got {self.cyclic_pattern!r}")
         if self.dyrelu_reduction is not None and self.dyrelu_reduction < 1:
             raise UsageError(f"{flag('dyrelu_reduction')} must be at least 1, got {self.dyrelu_reduction}")
         if self.share_from < 1:
@@ -101,17 +121,19 @@ class EastOptions:
     def resolve(self, epochs: float, steps_per_epoch: int, first_drop: float | None = None) -> ResolvedEast:
         """The options with every switch and number filled in for a run of this length.
 
-        `first_drop` is the epoch of the first learning-rate drop (Table B.1: 75 of 250 where None). The paper gives
+        `first_drop` is the epoch of the first learning-rate drop (half of the run where None). The paper gives
         the end of the phase-out, the epoch before that drop, but not its start: half of its end is taken.
         """
-        first_drop = epochs * 75 / REFERENCE_EPOCHS if first_drop is None else first_drop
-        end = first_drop * 74 / 75 if self.dyrelu_end is None else self.dyrelu_end
+        first_drop = epochs / 2 if first_drop is None else first_drop
+        end = max(0.0, first_drop - epochs / REFERENCE_EPOCHS) if self.dyrelu_end is None else self.dyrelu_end
         defaults: dict[str, Any] = dict(
             cyclic_length=epochs * 50 / REFERENCE_EPOCHS,
             cyclic_update_frequency=scaled_steps(350, epochs * steps_per_epoch),
             dyrelu_end=end,
             dyrelu_start=end / 2,
-            **dict.fromkeys(SWITCHES, False),
+            dyrelu_blend="outputs",
+            share_scale="one",
+            **dict.fromkeys((*SWITCHES, "cyclic_replace", "cyclic_open", "dyrelu_late"), False),
         )
         values: dict[str, Any] = {n: defaults.get(n) if value is None else value for n, value in vars(self).items()}
         return ResolvedEast(**values)
@@ -124,10 +146,15 @@ class ResolvedEast(EastOptions):
     cyclic: bool
     cyclic_length: float
     cyclic_update_frequency: int
+    cyclic_replace: bool
+    cyclic_open: bool
     dyrelu: bool
+    dyrelu_blend: str
+    dyrelu_late: bool
     dyrelu_start: float
     dyrelu_end: float
     share: bool
+    share_scale: str
 
     def density_schedule(
         self, target: float, steps_per_epoch: int, frequency: int | None, end: float
@@ -145,9 +172,11 @@ class ResolvedEast(EastOptions):
             length_mult=self.cyclic_length_mult,
             pattern=self.cyclic_pattern,
             cyclic_frequency=self.cyclic_update_frequency,
+            replace=self.cyclic_replace,
         )
         try:
-            return Cyclic(target, frequency=frequency, end=end, **numbers)
+            kind = OpenCyclic if self.cyclic_open else Cyclic
+            return kind(target, frequency=frequency, end=end, **numbers)
         except UsageError as error:
             message = str(error).replace("`cyclic_frequency`", flag("cyclic_update_frequency"))
             raise UsageError(rename(message, numbers, "east_cyclic_")) from error

@@ -72,6 +72,60 @@ TRICKS: dict[str, Preset] = {
     "dctps": Preset("Price and Tanner 2021", dict(dctps=True)),
 }
 
+
+@dataclass(frozen=True)
+class Recipe:
+    """How a method is trained, apart from what it is: settings by the names of `Config`, each with its source. Those
+    of a trick that is not on are left out."""
+
+    help: str
+    settings: Mapping[str, tuple[Any, str]] = field(default_factory=dict)
+
+    def values(self) -> dict[str, Any]:
+        return {name: value for name, (value, _) in self.settings.items()}
+
+
+_ES2 = "ES2, main.py 4722617"
+_ES2_CORE = "ES2, sparselearning/core.py"
+
+#: What `--recipe` names.
+RECIPES: dict[str, Recipe] = {
+    "paper": Recipe(
+        "the paper's text and Table B.1, as our defaults have them",
+        {
+            "lr_drops": ((0.5, 0.75), "Section 4: halfway and three quarters; Table B.1 says 75 and 150 of 250"),
+            "sparse_init": ("ERK", "Section 4"),
+            "nesterov": (False, "not mentioned"),
+            "east_cyclic_replace": (False, "Section 3.3: standard updates follow the cyclic phase"),
+            "east_cyclic_open": (False, "Algorithm 1 ends at the target"),
+            "east_share_scale": ("one", "Section 3.2 names no start"),
+            "east_dyrelu_blend": ("outputs", "Section 3.1: of functions"),
+        },
+    ),
+    "es2": Recipe(
+        "as the authors' own code ran, newest version",
+        {
+            "lr_drops": ((0.5, 0.75), _ES2),
+            "nesterov": (True, _ES2),
+            "clip_norm": (1.0, f"{_ES2}: from 9 September 2024 on"),
+            "clip_norm_of": ("all", f"{_ES2}: dense gradients of inactive weights count"),
+            "sparse_init": ("ERK-floor", f"{_ES2_CORE}: floor 0.01 of the density at the start, none in cycles"),
+            "prune_rounding": ("ceil", _ES2_CORE),
+            "last_update": (True, _ES2_CORE),
+            "bias_free_head": (True, "ES2, sparselearning/models.py"),
+            "crop_padding": ("reflect", "ES2, sparselearning/utils.py"),
+            "validation_split": ("last", "ES2, sparselearning/utils.py"),
+            "tested": ("last", f"{_ES2}: the network of the last epoch"),
+            "east_cyclic_replace": (False, _ES2_CORE),
+            "east_cyclic_open": (True, f"{_ES2_CORE}: no update closes the cycles"),
+            "east_share_scale": ("uniform", "ES2, sparselearning/models.py"),
+            "east_dyrelu_blend": ("coefficients", "ES2, sparselearning/dyrelu.py"),
+            "east_dyrelu_late": (True, "ES2, sparselearning/dyrelu.py 26bd28e: plain ReLU while beta is 1"),
+        },
+    ),
+}
+
+
 #: The setting that says whether a trick is on, for the tricks that are one switch.
 SWITCHES: dict[str, str] = {
     "east_cyclic": "cyclic", "east_dyrelu": "dyrelu", "east_share": "share", "dctps": "dctps",

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from .. import __version__
 from ..errors import UsageError
 from ..ops.files import check_folder, digest, make_folder, save_checkpoint, write_atomically  # noqa: F401
+from ..ops.maskable import layers
 from ..options import sources
 from ..options.config import Config, Resolved
 from ..plugins import registry
@@ -77,13 +78,16 @@ def build_model(options: Resolved, num_classes: int, input_shape: tuple[int, int
     torch.manual_seed(options.seed)
     channels, _, size = input_shape
     model = models.build(options.model, num_classes, channels, size, options.width)
+    if options.bias_free_head:
+        *_, head = (layer for _, layer in layers(model))
+        head.bias = None
     if options.transform:
         returned = registry.transform.bound(options.transform, options.options_of("transform"))(model)
         model = returned if isinstance(returned, nn.Module) else model  # some change the model and return a report
     if options.dctps:
         registry.transform.get("dctps")(model, engine=options.dctps_engine)
     if options.east.share:
-        registry.transform.get("share")(model, options.east.share_from)
+        registry.transform.get("share")(model, options.east.share_from, scale=options.east.share_scale)
     return model
 
 
@@ -115,7 +119,14 @@ def device(name: str | None) -> torch.device:
 
 def load_data(options: Config) -> images.Data:
     return images.load(
-        options.data, options.data_dir, options.image_size, options.validation, options.seed, options.limit
+        options.data,
+        options.data_dir,
+        options.image_size,
+        options.validation,
+        options.seed,
+        options.limit,
+        split=options.decided("validation_split"),
+        crop_padding=options.decided("crop_padding"),
     )
 
 

@@ -181,6 +181,8 @@ class Trainer:
             output = self.forward(x)
             loss = F.cross_entropy(output, y)
         loss.backward()
+        if self.options.clip_norm is not None:
+            self.host.clip_grad_norm_(self.options.clip_norm, of=self.options.clip_norm_of or "all")
         self.host.step()
         self.scheduler.step()
         self.totals.add(loss.detach(), (output.argmax(1) == y).sum(), len(y))
@@ -204,7 +206,8 @@ class Trainer:
             "layers": layers,  # active weights, and those of them on a path
         }
         at_target = self.host.nonzeros == self.host.target_nonzeros(self.total_steps) and self.beta == 0
-        if at_target and (self.best is None or line["validation_accuracy"] >= self.best["validation_accuracy"]):
+        last = self.options.tested == "last"
+        if at_target and (self.best is None or last or line["validation_accuracy"] >= self.best["validation_accuracy"]):
             self.best = {
                 "epoch": self.epoch,
                 "validation_accuracy": line["validation_accuracy"],
@@ -307,7 +310,7 @@ class Trainer:
         for name in ("model", "optimizer", "scheduler", "host", "engine"):
             getattr(self, name).load_state_dict(state[name])
         if self.phased:
-            self.phased.beta = state["beta"]
+            self.phased.set_beta(state["beta"])
         for name in ("best", "epoch", "step_in_epoch", "seconds"):
             setattr(self, name, state[name])
         self.totals = Totals(**state["totals"])

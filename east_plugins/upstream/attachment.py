@@ -163,10 +163,18 @@ class Attachment:
         factory = activations.factory(options.dyrelu_type, reduction=options.dyrelu_reduction)
         generator = torch.Generator().manual_seed(torch.initial_seed() % 2**63)
         phase_out = options.phase_out(length.steps_per_epoch)
-        return attach_activations(model, factory, self.input_shape, phase_out=phase_out, generator=generator)
+        return attach_activations(
+            model,
+            factory,
+            self.input_shape,
+            phase_out=phase_out,
+            generator=generator,
+            blend=options.dyrelu_blend,
+            late=options.dyrelu_late,
+        )
 
     def _share(self, model: nn.Module) -> float:
-        share(model, self.options.share_from, self.optimizer)
+        share(model, self.options.share_from, self.optimizer, self.options.share_scale or "one")
         unique = sum(weight.numel() for weight in maskable(model).values())
         self.borrowed = theoretical_size(model) - unique
         return 1 + self.borrowed / unique

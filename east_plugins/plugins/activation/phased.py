@@ -59,7 +59,7 @@ class PhaseOut:
 
 
 class PhasedActivation(PluginModule, nn.Module):
-    """What stands in for one ReLU call: `beta act(x) + (1 - beta) relu(x)`.
+    """What stands in for one ReLU call: `beta act(x) + (1 - beta) relu(x)`, or with `inside` what `act` makes of beta.
 
     `phase` is "full" (beta 1: `act` alone), "blend" or "off" (beta 0: the model's own ReLU runs and this module is
     not called). It is a Python value so that the ends cost nothing and torch.compile compiles three times at most;
@@ -71,24 +71,28 @@ class PhasedActivation(PluginModule, nn.Module):
 
     axis = 1  #: of the channels; counted from the end where they come last
 
-    def __init__(self, act: nn.Module, axis: int = 1):
+    def __init__(self, act: nn.Module, axis: int = 1, inside: bool = False, late: bool = False):
         super().__init__()
-        self.act = act
+        self.act, self.inside, self.late = act, inside, late
         if axis != 1:
             self.axis = axis
-        self.phase = FULL
+        self.phase = self._phase(1.0)
         self.register_buffer("beta", torch.ones(()))
 
     def forward(self, x: Tensor, inplace: bool = False) -> Tensor:
         y = self._act(x.clone() if inplace else x)
-        if self.phase == BLEND:
+        if self.phase == BLEND and not self.inside:
             y = torch.lerp(F.relu(x), y, self.beta)
         return x.copy_(y) if inplace else y
 
     def _act(self, x: Tensor) -> Tensor:
+        beta = (self.beta,) if self.phase == BLEND and self.inside else ()
         if self.axis == 1 or x.dim() < 3:
-            return self.act(x)
-        return self.act(x.movedim(self.axis, 1)).movedim(1, self.axis)
+            return self.act(x, *beta)
+        return self.act(x.movedim(self.axis, 1), *beta).movedim(1, self.axis)
+
+    def _phase(self, beta: float) -> str:
+        return OFF if beta == 0 or (beta == 1 and self.late) else FULL if beta == 1 else BLEND
 
     @contextlib.contextmanager
     def plain(self) -> Iterator[None]:
@@ -101,11 +105,7 @@ class PhasedActivation(PluginModule, nn.Module):
 
     def _load_from_state_dict(self, *args):
         super()._load_from_state_dict(*args)
-        self.phase = _phase(float(self.beta))
-
-
-def _phase(beta: float) -> str:
-    return FULL if beta == 1 else OFF if beta == 0 else BLEND
+        self.phase = self._phase(float(self.beta))
 
 
 class Sites(PluginModule, nn.ModuleList):
@@ -274,7 +274,7 @@ class PhasedActivations:
         """
         if not 0 <= beta <= 1:
             raise UsageError(f"beta must be in [0, 1], got {beta}")
-        phase = _phase(beta)
+        phase = self.sites[0]._phase(beta) if self.sites else OFF
         moved = [site.beta for site in self.sites if phase == BLEND or phase != site.phase]
         if moved:  # two operations for all sites
             torch._foreach_zero_(moved)
@@ -316,6 +316,8 @@ def attach(
     *,
     phase_out: PhaseOut | None = None,
     generator: torch.Generator | None = None,
+    blend: str = "outputs",
+    late: bool = False,
 ) -> PhasedActivations:
     """Put `factory(num_channels)` in place of every ReLU call of `model`, at beta 1.
 
@@ -330,6 +332,9 @@ def attach(
         factory: makes the module that stands in for a ReLU; its output has its input's shape.
         input_shape: shape of one input without the batch, for example (3, 32, 32).
         phase_out: beta over steps, where the result is to be a host's plugin.
+        blend: "outputs", or "coefficients": those of DyReLU with (1, 0, 0, 0) of ReLU, before the maximum is taken,
+            as in the authors' code (ES2, `sparselearning/dyrelu.py`).
+        late: plain ReLU while beta is 1, as in the newest version of that code (26bd28e).
         generator: CPU generator that the initial values depend on; by default they depend on the global random
             state. That state is never advanced.
 
@@ -347,10 +352,14 @@ def attach(
             )
         if generator is not None:
             torch.default_generator.manual_seed(int(torch.randint(2**63 - 1, (), generator=generator)))
+        inside = blend == "coefficients"
         order = {
-            owner: Sites(PhasedActivation(factory(call.channels), call.axis) for call in found)
+            owner: Sites(PhasedActivation(factory(call.channels), call.axis, inside, late) for call in found)
             for owner, found in calls.items()
         }
+        first: Any = next(iter(order.values()))[0].act
+        if inside and "beta" not in inspect.signature(first.forward).parameters:
+            raise UsageError(f"`blend` coefficients: {type(first).__name__} has none that could be; allowed is outputs")
     for owner, sites in order.items():
         swap(owner, _Phased)
         owner.east_activations = sites.to(like.device, like.dtype).train(owner.training)

@@ -8,6 +8,7 @@ import logging
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
+import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 from torch.optim import Optimizer
@@ -25,6 +26,9 @@ logger = logging.getLogger(__name__)
 _CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
 FORWARDS = {nn.Conv1d.forward, nn.Conv2d.forward, nn.Conv3d.forward}
 _SHORTCUTS = ("shortcut", "downsample", "skip")
+
+#: Where the scales of borrowed weights start.
+SCALES = {"one": torch.ones, "uniform": torch.rand}
 
 Block = dict[str, _ConvNd]  # a block's convolutions that can be lent, by their name inside it
 
@@ -60,11 +64,11 @@ class _Borrower(Swapped, _Convolution):
 
 
 @transform.register("share")
-def share(model: nn.Module, start: int = 2, optimizer: Optimizer | None = None) -> dict[str, str]:
+def share(model: nn.Module, start: int = 2, optimizer: Optimizer | None = None, scale: str = "one") -> dict[str, str]:
     """In every stage block `start` (from 1) lends its convolution weights to all equal blocks after it.
 
     The borrowing convolution's `weight` becomes the lender's parameter itself and is convolved with as
-    `scale * weight`, `scale` being a learnable scalar of its own that starts at 1; biases, norms, linear layers and
+    `scale * weight`, `scale` being a learnable scalar of its own; biases, norms, linear layers and
     shortcuts stay each block's own. State dicts hold the weight under both names; copies and moves keep the tie.
 
     A stage is a run of neighbouring children of an nn.Sequential, nn.ModuleList or nn.ModuleDict that are of one
@@ -74,12 +78,15 @@ def share(model: nn.Module, start: int = 2, optimizer: Optimizer | None = None) 
 
     Args:
         optimizer: one made before: the weights that are no longer used leave it, the scales join it.
+        scale: where the scales start: "one", or "uniform", drawn from U(0, 1) as in the authors' code (ES2).
 
     Returns the name of the lending convolution for each borrowing one. Raises `NothingMatchedError` where there
     are no equal blocks, `UsageError` for `start` below 1, a model that shares already, or one with DCT layers.
     """
     if start < 1:
         raise UsageError(f"`start` must be at least 1, got {start}")
+    if scale not in SCALES:
+        raise UsageError(f"`scale` must be one of {', '.join(SCALES)}, got {scale!r}")
     modules = list(model.modules())
     if any(isinstance(module, _Borrower) for module in modules):
         raise UsageError("the model shares weights (`east_share`) already")
@@ -101,7 +108,7 @@ def share(model: nn.Module, start: int = 2, optimizer: Optimizer | None = None) 
         )
     for borrower, lender in pairs:
         borrower.weight = lender.weight
-        borrower.scale = nn.Parameter(lender.weight.new_ones(()))
+        borrower.scale = nn.Parameter(SCALES[scale](()).to(lender.weight))
         swap(borrower, _Borrower)
     if optimizer is not None:
         param_groups.join(optimizer, model, scales(model))
