@@ -43,14 +43,19 @@ class Stepping:
         self._watch = Watch(records)
         self.others: weakref.WeakSet[torch.optim.Optimizer] = weakref.WeakSet()
         self._dense: dict[str, Tensor] = {}
+        self._seen: list = []  # what the two below depend on
+        self._sets: dict[nn.Parameter, Active | None] = {}
         self._probed: list[str] = []
 
     @contextlib.contextmanager
     def prepared(self, keep_dense: bool, engine: Any) -> Iterator[None]:
         """Inside, the optimizer's step moves active weights only. `keep_dense` keeps the gradients as they were before
         they are masked, for `dense_gradients`; `engine` is the sparse engine, where one is attached."""
-        self.mask_what_others_wrote()
-        sets, dense = self._split(engine)
+        seen = self._look()
+        self.mask_what_others_wrote(look_at_masks=seen != self._seen)
+        if seen != self._seen:
+            self._sets, self._probed, self._seen = *self._split(), seen
+        sets, dense = self._sets, [name for name in self._probed if not (engine and engine.masks_gradient(name))]
         self._dense = {name: grad.clone() for name, grad in self.gradients(dense).items()} if keep_dense else {}
         if keep_dense and engine is not None:
             self._dense |= engine.dense_gradients()
@@ -128,12 +133,12 @@ class Stepping:
                     "call it after backward() and before step(), or use update_frequency"
                 )
 
-    def mask_what_others_wrote(self) -> None:
+    def mask_what_others_wrote(self, look_at_masks: bool = True) -> None:
         """Mask weights and state that somebody else wrote to, or whose masks were."""
         if self.packed.loaded:
             self.packed.loaded = False
             self.mask(self.records.values())
-        elif written := self._watch.written():
+        elif written := self._watch.written(look_at_masks):
             self.mask([self.records[name] for name in written])
 
     def _mask_weights(self, parameters: Iterable[nn.Parameter]) -> None:
@@ -147,22 +152,26 @@ class Stepping:
         few = record.count < PACK_BELOW * record.weight.numel()
         return few and record.weight.device.type == "cpu" and is_elementwise(self.optimizer)
 
-    def _split(self, engine: Any) -> tuple[dict[nn.Parameter, Active | None], list[str]]:
+    def _look(self) -> list:
+        """What says which weights are stepped, and how: as long as it is the same, so are they."""
+        parameters = sum(len(group["params"]) for group in self.optimizer.param_groups)
+        parts = ((r.weight, r._mask) for r in self.records.values())
+        return [parameters, *((id(w), id(m), m._version, w.grad is None, w.is_cpu) for w, m in parts)]
+
+    def _split(self) -> tuple[dict[nn.Parameter, Active | None], list[str]]:
         """The active set of each weight of the optimizer with a gradient, None where it is stepped densely, and the
-        names of those whose gradients are to be masked for that."""
+        names of those that are sparse nevertheless."""
         held = held_by(self.optimizer)
         sets: dict[nn.Parameter, Active | None] = {}
-        masked, self._probed = [], []
+        dense = []
         for name, record in self.records.items():
             if record.weight.grad is None or id(record.weight) not in held:
                 continue
             packed = self._packs(record)
             sets[record.weight] = record.active if packed else None
             if not packed and record.count < record.weight.numel():
-                self._probed.append(name)
-                if not (engine and engine.masks_gradient(name)):
-                    masked.append(name)
-        return sets, masked
+                dense.append(name)
+        return sets, dense
 
     def _mask_gradients(self, names: Iterable[str]) -> None:
         masks = {name: self.records[name].mask for name in names}

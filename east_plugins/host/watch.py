@@ -28,27 +28,46 @@ class Watch:
 
     def __init__(self, records: Mapping[str, MaskedWeight]):
         self._records = records
-        self._stamps: dict[str, tuple[int, int]] = {}
+        self._names: list[str] = []
+        self._versions: list[int] = []
+        self._memory: list[int] = []
         self._probes: dict[str, tuple[Tensor, Tensor]] = {}
 
     def left(self, names: Iterable[str] | None = None, probed: Iterable[str] = ()) -> None:
         """Note how weights are left, by default all; those `probed` by some of their values too."""
-        self._stamps |= self._now(self._records if names is None else names)
-        self._probes |= {name: self._probe(name) for name in probed if self._records[name].weight.is_cpu}
+        now, versions, memory = list(self._records), *self._now()
+        wanted = set(names or ())
+        if names is not None and now == self._names:
+            some = [name in wanted for name in now]
+            versions = [a if is_new else b for is_new, a, b in zip(some, versions, self._versions, strict=True)]
+            memory = [a if is_new else b for is_new, a, b in zip(some, memory, self._memory, strict=True)]
+        self._names, self._versions, self._memory = now, versions, memory
+        known = probed if names is None else wanted.intersection(self._probes)
+        fresh = {n: self._probe(n) for n in known if n in self._records and self._records[n].weight.is_cpu}
+        self._probes = fresh if names is None else self._probes | fresh
 
-    def written(self) -> list[str]:
+    def written(self, look_at_masks: bool = True) -> list[str]:
         """Names of the weights that are not as they were left, or whose mask is not."""
-        now = self._now(self._records)
-        changed = [] if now == self._stamps else [n for n, stamp in now.items() if self._stamps.get(n) != stamp]
-        changed += [name for name, record in self._records.items() if record.rewritten]
+        versions, memory = self._now()
+        changed: list[str] = []
+        if versions != self._versions or memory != self._memory:
+            left = dict(zip(self._names, zip(self._versions, self._memory, strict=True), strict=True))
+            now = zip(self._records, versions, memory, strict=True)
+            changed = [name for name, version, place in now if left.get(name) != (version, place)]
+        if look_at_masks:
+            changed += [name for name, record in self._records.items() if record.rewritten]
         return changed or [
             name
             for name, (places, values) in self._probes.items()
             if name in self._records and not torch.equal(self._records[name].weight.detach().take(places), values)
         ]
 
-    def _now(self, names: Iterable[str]) -> dict[str, tuple[int, int]]:
-        return {name: (weight._version, _where(weight)) for name in names for weight in [self._records[name].weight]}
+    def _now(self) -> tuple[list[int], list[int]]:
+        """How often each weight was written to, and where its numbers lie."""
+        weights = [record.weight for record in self._records.values()]
+        on_cpu = all(weight.is_cpu for weight in weights)
+        memory = [weight.data_ptr() if on_cpu else weight.untyped_storage()._cdata for weight in weights]
+        return [weight._version for weight in weights], memory
 
     def _probe(self, name: str) -> tuple[Tensor, Tensor]:
         weight = self._records[name].weight.detach()
@@ -57,10 +76,6 @@ class Watch:
         else:  # no random numbers of the script's or the host's
             places = torch.randint(weight.numel(), (PROBED,), generator=torch.Generator().manual_seed(0))
         return places, weight.take(places)
-
-
-def _where(tensor: Tensor) -> int:
-    return tensor.data_ptr() if tensor.is_cpu else tensor.untyped_storage()._cdata
 
 
 class Stepped:
