@@ -73,9 +73,9 @@ class Config:
     )  # fmt: skip
 
     density: float | None = option(None, "active share of the maskable weights (default: 0.001)", type=float)
-    growth: str | None = option(None, "growth rule (default: of the method)")
-    death: str | None = option(None, "prune rule (default: of the method)")
-    redistribution: str | None = option(None, "redistribution rule (default: none)")
+    growth: str | None = option(None, "growth rule, see `plugins` (default: of the method)")
+    death: str | None = option(None, "prune rule, see `plugins` (default: of the method)")
+    redistribution: str | None = option(None, "redistribution rule, see `plugins` (default: none)")
     death_rate: float | None = option(
         None, "share of the active weights replaced in an update (default: 0.5)", type=float
     )
@@ -83,10 +83,14 @@ class Config:
     update_frequency: int | None = option(
         None, "steps between topology updates (default: SET 1500, RigL and EAST 4000 of 250 epochs' steps)", type=int
     )
-    sparse_init: str | None = option(None, "allocation: ERK, ER, uniform, EPL, EPF, connected, synflow (default: ERK)")
+    sparse_init: str | None = option(None, "allocation, see `plugins` (default: ERK)")
     weight_init: str | None = option(
         None, "initial values; sparse-fan-in scales them for the active fan-in", choices=["default", "sparse-fan-in"]
     )
+    quiet_branches: str | None = option(
+        None, "residual branches whose last norm's scale starts at zero: all, or loops, those of blocks without a "
+        "projection (default: none)", choices=["all", "loops"],
+    )  # fmt: skip
     prune_scope: str | None = option(None, "prune per layer or over all (default: local)", choices=["local", "global"])
     prune_rounding: str | None = option(
         None, "the share of a layer that is replaced as a whole number (default: floor; ITOP: ceil)",

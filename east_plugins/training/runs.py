@@ -19,6 +19,7 @@ from ..ops.maskable import layers
 from ..options import sources
 from ..options.config import Config, Resolved
 from ..plugins import registry
+from ..plugins.transform.quiet import quiet
 from . import images, models
 
 CONFIG, METRICS, SUMMARY, CHECKPOINT = "config.yaml", "metrics.jsonl", "summary.json", "checkpoint.pt"
@@ -88,6 +89,8 @@ def build_model(options: Resolved, num_classes: int, input_shape: tuple[int, int
         registry.transform.get("dctps")(model, engine=options.dctps_engine)
     if options.east.share:
         registry.transform.get("share")(model, options.east.share_from, scale=options.east.share_scale)
+    if options.quiet_branches:
+        quiet(model, input_shape, options.quiet_branches)
     return model
 
 
