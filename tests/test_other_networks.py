@@ -228,9 +228,9 @@ def test_the_four_lines_of_the_readme_on_a_torchvision_network():
         for engine in ("sparse", "dense")
     )
     for model, host, _ in (ours, theirs):
-        train(model, host, 3, shape=(3, 32, 32), size=2)
+        train(model, host, 3, shape=(3, 32, 32), size=4)
     assert not ours[2].dense
-    assert_same(ours, theirs, 1e-8)
+    assert_same(ours, theirs, 1e-4)  # two norms of one pixel an image, which blow rounding up a thousandfold in a step
 
 
 # ---------------------------------------------------------------- branches that run in training only

@@ -188,10 +188,12 @@ class Engine:
             slot.plan = None
 
     def _accumulated(self, name: str, weight: Tensor) -> None:
-        """Autograd has added the dense gradient of a weight to `grad`."""
-        if self._thread.forced or name not in self.host.masks or self._is_hooked():
+        """Autograd has added the dense gradient of a weight to `grad`; after sparse passes it has nothing to add."""
+        sink = self._sinks.get(name)
+        if weight.grad is None or (sink is not None and sink.holds_gradient() and sink.is_clean()):
             return
-        self._sink(name).take(wanted=self.host.dense_gradient_next)
+        if not self._thread.forced and name in self.host.masks and not self._hooked:
+            self._sink(name).take(wanted=self.host.dense_gradient_next)
 
     def _sink(self, name: str) -> Sink:
         """The sink of a weight, at the positions that are active by now."""
