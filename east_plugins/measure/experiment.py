@@ -158,14 +158,16 @@ def run(wanted: Wanted, began: float, note: Callable[[str], None]) -> bool:
     each run's last line."""
     ends = began + wanted.seconds - SAVING
     todo = [job for job in jobs(wanted) if runs.read_summary(job.out) is None]
-    running: dict[compare.Job, subprocess.Popen] = {}
+    running: list[tuple[compare.Job, subprocess.Popen]] = []
     try:
         while todo or running:
             while todo and len(running) < wanted.jobs and time.monotonic() < ends:
                 job = todo.pop(0)
-                running[job] = _start(job)
-            for job in [job for job, process in running.items() if process.poll() is not None]:
-                note(_last_line(job, running.pop(job).returncode))
+                running.append((job, _start(job)))
+            for job, process in running:
+                if process.poll() is not None:
+                    note(_last_line(job, process.returncode))
+            running = [(job, process) for job, process in running if process.returncode is None]
             if time.monotonic() >= ends:
                 break
             time.sleep(0.2)
@@ -195,12 +197,12 @@ def _last_line(job: compare.Job, code: int) -> str:
     return f"{job.out.name}: {log[-1] if log else f'exit {code}'}"
 
 
-def _stop(running: dict[compare.Job, subprocess.Popen], note: Callable[[str], None]) -> None:
+def _stop(running: list[tuple[compare.Job, subprocess.Popen]], note: Callable[[str], None]) -> None:
     """Have runs save themselves; what has not ended in time is killed and goes on from its last checkpoint."""
-    for process in running.values():
+    for _, process in running:
         process.send_signal(signal.SIGINT)
     ends = time.monotonic() + SAVING
-    for job, process in running.items():
+    for job, process in running:
         try:
             process.wait(max(0.1, ends - time.monotonic()))
         except subprocess.TimeoutExpired:
