@@ -134,26 +134,23 @@ class BlockConvolution:
         """Of every tap, in float64."""
         taps, axes = self.forward
         total = torch.empty(len(taps), dtype=torch.float64)
-        tensors = map(kernel.pointer, (grad, x, total))
-        _done(
-            kernel.load(x.dtype).weight_gradient_blocks(
-                ctypes.byref(_struct(x.shape[-1], axes)), taps.channels, self.sources[0], *taps.pointers(), *tensors
-            )
-        )
+        _call("weight_gradient_blocks", taps, axes, self.sources[0], grad, x, total)
         return total
 
     @staticmethod
     def _gather(taps: Taps, axes: list[_Axis], sources: int, values: Tensor, x: Tensor, out: Tensor) -> None:
-        tensors = map(kernel.pointer, (taps.order, values, x, out))
-        _done(
-            kernel.load(x.dtype).gather_blocks(
-                ctypes.byref(_struct(x.shape[-1], axes)), taps.channels, sources, *taps.pointers(), *tensors
-            )
-        )
+        _call("gather_blocks", taps, axes, sources, taps.order, values, x, out)
 
 
-def _done(failed: int) -> None:
-    if failed:
+def _call(name: str, taps: Taps, axes: list[_Axis], sources: int, *tensors: Tensor | None) -> None:
+    """A function of blocks.c on tensors, the last but one being planes."""
+    planes = tensors[-2]
+    assert planes is not None
+    library = kernel.load(planes.dtype)
+    assert library is not None  # or a convolution would not have come here, see `taps.supported`
+    struct = _struct(planes.shape[-1], axes)
+    pointers = (*taps.pointers(), *map(kernel.pointer, tensors))
+    if getattr(library, name)(ctypes.byref(struct), taps.channels, sources, *pointers):
         raise MemoryError("no memory for the copies of a sparse convolution")
 
 
