@@ -167,16 +167,14 @@ class Masking(Books, Pace):
         if weight_init not in ("default", "sparse-fan-in"):
             raise UsageError(f"`weight_init` must be default or sparse-fan-in, got {weight_init!r}")
         schedule = self._frequency if self.schedule is None else self.schedule
-        allocation = Allocation(sparse_init, self._options.get("allocation"))
-        start = Start.of(
-            module, density, allocation, exclude, input_shape, schedule, self.keep_connected, self.optimizer
-        )
+        asked = sparse_init, self._options.get("allocation")
+        start = Start.of(module, density, asked, exclude, input_shape, schedule, self.keep_connected, self.optimizer)
         masks = start.masks(self.generator)
         self.density, self.sparse_init = start.density, sparse_init
         self.schedule, self.input_shape = start.schedule, start.shape
         self.modules, self.theoretical_size, self._frozen = [module], start.size, start.frozen
         connected = (start.model, start.shape) if self.keep_connected and start.shape is not None else None
-        self._built = Updates(self._records, allocation, start.size, start.final, self.generator, connected)
+        self._built = Updates(self._records, start.allocation, start.size, start.final, self.generator, connected)
         for name, each in start.chosen.items():
             self._records[name] = MaskedWeight(name, each.weight, masks[name], each.blocks, each.uses)
         if weight_init == "sparse-fan-in":
@@ -397,9 +395,10 @@ class Masking(Books, Pace):
         return dict.fromkeys(self._records, self.prune_rate)
 
     def at_end_of_epoch(self) -> None:
-        """sparse_learning's update once an epoch, for `prune_every_k_steps = None`."""
-        self.truncate_weights()
-        self.print_nonzero_counts()
+        """sparse_learning's update once an epoch, for `prune_every_k_steps = None`; where `step` updates, nothing."""
+        if self.prune_every_k_steps is None:
+            self.truncate_weights()
+            self.print_nonzero_counts()
 
     def truncate_weights_GMP(self, epoch: int) -> None:
         raise UsageError(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -52,24 +52,25 @@ class Start:
         cls,
         module: nn.Module,
         density: Any,
-        allocation: Allocation,
+        sparse_init: tuple[str, Mapping[str, Any] | None],
         exclude: Exclude | Iterable[Exclude],
         input_shape: Sequence[int] | None,
         schedule: Any,
         keep_connected: bool,
         optimizer: torch.optim.Optimizer,
     ) -> Start:
-        """Check what was given; `schedule` is one of densities, or the number of steps between updates at a constant
-        one, or None. Raises `UsageError`, with nothing changed."""
+        """Check what was given; `sparse_init` is the allocation's name and its options, `schedule` is one of densities,
+        or the number of steps between updates at a constant one, or None. Raises `UsageError`, with nothing changed."""
         density = number("density", density)
         check_density(density)
         if keep_connected and input_shape is None:
             raise UsageError("keep_connected needs add_module(..., input_shape=(channels, height, width))")
-        if allocation.name.lower() == "gmp":
+        if sparse_init[0].lower() == "gmp":
             raise UsageError(
                 "sparse_init GMP begins dense and prunes epoch by epoch: pass Masking(..., schedule=Gradual(density, "
                 "initial=1.0, start=..., stop=..., frequency=...)) and another sparse_init"
             )
+        allocation = Allocation(*sparse_init)
         chosen, frozen = choose(module, exclude)
         if not chosen:
             raise UsageError("the model has no conv or linear weights to mask" + " that are trained" * bool(frozen))

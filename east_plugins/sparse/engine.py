@@ -421,6 +421,8 @@ def _cannot(host: Masking, model: nn.Module) -> str | None:
         )
     if distributed.active():
         return "DistributedDataParallel reduces dense gradients"
+    if others := host.masks.keys() - maskable(model).keys():
+        return f"it computes convolutions and linear layers, and {min(others)} is of another kind"
     for name, module in layers(model):
         plain = type(module).forward in PLAIN or scale_of(module) is not None
         if module.weight.dtype not in kernel.REAL:

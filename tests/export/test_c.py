@@ -115,7 +115,7 @@ def test_inputs_of_another_shape_are_refused(network):
 
 @pytest.mark.parametrize("name", ["my-net", "3d", "", "nät", "a b"])
 def test_a_name_that_c_does_not_allow_is_refused(network, name):
-    with pytest.raises(UsageError, match="--name"):
+    with pytest.raises(UsageError, match="`name`"):
         export.to_c(*network, (3, 32, 32), name)
 
 

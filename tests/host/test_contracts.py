@@ -162,7 +162,9 @@ def test_global_scope_replaces_within_layers_and_drops_over_all():
     counts = dict(host.name2nonzeros)
     train(model, host, 3)
     assert host.name2nonzeros == counts
-    falling = Cyclic(0.05, multiplier=4, cycles=1, length=4, cyclic_frequency=1, frequency=1, end=99)
+    falling = Cyclic(
+        0.05, multiplier=4, cycles=1, length=4, cyclic_frequency=1, frequency=1, end=99, replace=True
+    )  # fmt: skip
     model = network()
     host = host_of(model, prune_scope="global", schedule=falling)
     with torch.no_grad():
