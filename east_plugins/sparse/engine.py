@@ -83,7 +83,8 @@ class Engine:
         self._kept: Kept = {}
         self._masks: tuple | None = None
         self._liveness: Liveness | None = None
-        self._weights = maskable(self.model)
+        known = {id(weight): name for name, weight in host.weights.items()}
+        self._weights = {known.get(id(weight), name): weight for name, weight in maskable(self.model).items()}
         named = {id(weight): name for name, weight in self._weights.items()}
         self._names = {module: named[id(module.weight)] for _, module in layers(self.model)}
         self._versions: list[int] | None = None
@@ -217,7 +218,7 @@ class Engine:
             return None
         if not self._weights_are_the_hosts() or not self._inactive_are_zero():
             return None
-        masks = (*((id(mask), mask._version) for mask in self.host.masks.values()), _reads_all_channels(self.model))
+        masks = (*((id(mask), mask._version) for mask in self._own_masks().values()), _reads_all_channels(self.model))
         if masks != self._masks:
             self._plans, self._masks, self._gradient_plans = self._plan(), masks, None
         self._settle(x)
@@ -249,7 +250,7 @@ class Engine:
         versions = [weight._version for weight in self._weights.values()]
         if versions != self._versions:
             self._versions = versions
-            self._foreign = any(bool(self._weights[n][~mask].any()) for n, mask in self.host.masks.items())
+            self._foreign = any(bool(self._weights[n][~mask].any()) for n, mask in self._own_masks().items())
             if self._foreign:
                 logger.warning("dense passes: the model holds weights that the host's masks do not know")
         return not self._foreign
@@ -266,7 +267,7 @@ class Engine:
             try:
                 with self._forcing(None):
                     self._liveness = self._liveness or Liveness(self.model, self.input_shape)
-                self._kept = self._liveness.kept(self.host.masks)
+                self._kept = self._liveness.kept(self._own_masks())
                 return self._kept
             except Exception as error:
                 logger.info("the channels of this network cannot be followed: %s", error)
@@ -296,7 +297,11 @@ class Engine:
                 self._plans = None
 
     def _masks_by_id(self) -> dict[int, Tensor]:
-        return {id(self._weights[name]): mask for name, mask in self.host.masks.items()}
+        return {id(self._weights[name]): mask for name, mask in self._own_masks().items()}
+
+    def _own_masks(self) -> dict[str, Tensor]:
+        """Masks of what is computed here; embeddings, recurrent layers and attention are the model's own business."""
+        return {name: mask for name, mask in self.host.masks.items() if name in self._weights}
 
     def _plans_for(self, kept: Kept, sinks: dict[str, Sink]) -> Plans:
         split = self._narrow and _reads_all_channels(self.model)
@@ -421,8 +426,6 @@ def _cannot(host: Masking, model: nn.Module) -> str | None:
         )
     if distributed.active():
         return "DistributedDataParallel reduces dense gradients"
-    if others := host.masks.keys() - maskable(model).keys():
-        return f"it computes convolutions and linear layers, and {min(others)} is of another kind"
     for name, module in layers(model):
         plain = type(module).forward in PLAIN or scale_of(module) is not None
         if module.weight.dtype not in kernel.REAL:
