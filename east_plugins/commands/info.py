@@ -61,7 +61,13 @@ def describe(options: Config, classes: int, channels: int) -> dict[str, Any]:
     host = Masking(
         torch.optim.SGD(model.parameters()), growth_mode="random", schedule=Constant(options.density), seed=options.seed
     )
-    host.add_module(model, options.density, options.sparse_init, input_shape=shape)
+    host.add_module(
+        model,
+        options.density,
+        options.sparse_init,
+        input_shape=shape,
+        allocation_options=options.allocation_options,
+    )
     if options.east.dyrelu:
         factory = activations.factory(options.east.dyrelu_type, reduction=options.east.dyrelu_reduction)
         attach(model, factory, shape)

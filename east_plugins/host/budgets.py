@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -11,15 +12,30 @@ from ..errors import UsageError
 from ..ops.counts import apportion
 from ..plugins import registry
 from ..plugins.allocation.layerwise import budgets, random_mask
+from ..plugins.allocation.position import places
 
 
 class Allocation:
-    """A registered allocation, for one model."""
+    """A registered allocation, for one model.
 
-    def __init__(self, name: str):
-        self.name = name
+    `options` are keyword arguments of an allocation that draws; `budgets` among them names the allocation that gives
+    each layer its number, by default the one that it was registered with. Raises `UsageError` for options that the
+    allocation does not have.
+    """
+
+    def __init__(self, name: str, options: Mapping[str, Any] | None = None):
+        self.name, self.options = name, dict(options or {})
         self.meta = registry.allocation.entry(name).meta
-        self.drawn: dict[str, int] | None = None  #: active weights that scores gave the layers at first, if they did
+        base = self.options.pop("budgets", None)
+        if options and not (self.meta.get("draws") and "budgets" in self.meta):
+            raise UsageError(f"--sparse-init {name} has no options; connected has --connected-budgets and -width")
+        self._base = base or (self.meta.get("budgets", "ERK") if self.meta.get("draws") else name)
+        self._by_place = bool(registry.allocation.entry(self._base).meta.get("places"))
+        if base and registry.allocation.entry(base).meta.get("draws"):
+            raise UsageError(
+                f"--connected-budgets {base} draws masks of its own; allowed are ERK, EPL, first-blocks, ..."
+            )
+        self.drawn: dict[str, int] | None = None  #: active weights that scores or positions gave the layers at first
         self._budgets: tuple[tuple, dict[str, int]] | None = None
 
     def draw(
@@ -32,12 +48,17 @@ class Allocation:
     ) -> dict[str, Tensor]:
         """Boolean masks of the weights with `total` active ones over all; raises `UsageError` where an input's shape
         is needed and None."""
+        if self._by_place and input_shape is None:
+            raise UsageError(f"--sparse-init {self.name} needs add_module(..., input_shape=(channels, height, width))")
+        if self._by_place:
+            shapes = {name: weight.shape for name, weight in weights.items()}
+            self.take(budgets(self._base, shapes, total, places(model, shapes, input_shape)))
         counts = self.budgets(weights, total)
         if not self.meta.get("draws"):
             return {name: random_mask(weight.shape, counts[name], generator) for name, weight in weights.items()}
         if input_shape is None:
             raise UsageError(f"--sparse-init {self.name} needs add_module(..., input_shape=(channels, height, width))")
-        masks = registry.allocation.get(self.name)(model, counts, input_shape, generator)
+        masks = registry.allocation.get(self.name)(model, counts, input_shape, generator, **self.options)
         if self.meta.get("keeps_counts"):  # the scores, not the allocation, gave the layers their shares
             self.take({name: int(mask.sum()) for name, mask in masks.items()})
         return masks
@@ -56,5 +77,4 @@ class Allocation:
         if self.drawn is not None:
             sizes = [weight.numel() for weight in weights.values()]
             return dict(zip(weights, apportion([self.drawn[name] for name in weights], total, 1, sizes), strict=True))
-        base = self.meta.get("budgets", "ERK") if self.meta.get("draws") else self.name
-        return budgets(base, {name: weight.shape for name, weight in weights.items()}, total)
+        return budgets(self._base, {name: weight.shape for name, weight in weights.items()}, total)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -140,6 +140,7 @@ class Masking(Surface):
         *,
         input_shape: Sequence[int] | None = None,
         weight_init: str = "default",
+        allocation_options: Mapping[str, Any] | None = None,
     ) -> None:
         """Mask all conv and linear weights of `module` at `density` of its theoretical (unshared) size.
 
@@ -148,6 +149,7 @@ class Masking(Surface):
             sparse_init: allocation: ERK, ER, uniform, EPL, EPF, connected, ..., a registered name.
             input_shape: (channels, height, width) of one input, for `connected` and `keep_connected`.
             weight_init: `default` keeps the values, `sparse-fan-in` redraws them for the active fan-in.
+            allocation_options: of `connected`: `budgets`, the allocation that gives each layer its number, and `width`.
 
         Raises `UsageError` for a second module (wrap both in one `nn.ModuleDict`), a density out of range, or one
         too small to give every layer a weight.
@@ -171,7 +173,7 @@ class Masking(Surface):
         shape = None if input_shape is None else tuple(input_shape)
         size = theoretical_size(model)
         final, room = round(density * size), sum(weight.numel() for weight in weights.values())
-        allocation = Allocation(sparse_init)
+        allocation = Allocation(sparse_init, allocation_options)
         drawn = allocation.draw(model, weights, _wanted(schedule, 0, final, room), shape, self.generator)
         self.density, self.sparse_init, self.schedule, self.input_shape = density, sparse_init, schedule, shape
         self.weights, self.modules, self.theoretical_size, self._final = weights, [module], size, final

@@ -80,7 +80,15 @@ class Config:
     update_frequency: int | None = option(
         None, "steps between topology updates (default: SET 1500, RigL and EAST 4000 of 250 epochs' steps)", type=int
     )
-    sparse_init: str | None = option(None, "allocation: ERK, ER, uniform, EPL, EPF, connected, synflow (default: ERK)")
+    sparse_init: str | None = option(
+        None, "allocation: ERK, ER, uniform, EPL, EPF, first-blocks, connected, synflow (default: ERK)"
+    )
+    connected_budgets: str | None = option(
+        None, "--sparse-init connected: allocation that gives each layer its number (default: ERK)"
+    )
+    connected_width: float | None = option(
+        None, "--sparse-init connected: channels in use are a layer's number to this power (default: 0.5)", type=float
+    )
     weight_init: str | None = option(
         None, "initial values; sparse-fan-in scales them for the active fan-in", choices=["default", "sparse-fan-in"]
     )
@@ -139,7 +147,12 @@ class Config:
             if value is not None and value < 1:
                 raise UsageError(f"--{name.replace('_', '-')} must be at least 1, got {value}")
         ranges = dict(
-            lr=(0, 1e6), momentum=(0, 1), weight_decay=(0, 1e6), death_rate=(0, 1), seed=(-(2**63), 2**64 - 1)
+            lr=(0, 1e6),
+            momentum=(0, 1),
+            weight_decay=(0, 1e6),
+            death_rate=(0, 1),
+            seed=(-(2**63), 2**64 - 1),
+            connected_width=(0, 1),
         )
         for name, (low, high) in ranges.items():
             value = getattr(self, name)
@@ -155,6 +168,7 @@ class Config:
             ("death", "pruning"),
             ("redistribution", "redistribution"),
             ("sparse_init", "allocation"),
+            ("connected_budgets", "allocation"),
             ("decay_schedule", "rate"),
         ):
             value = getattr(self, name)
@@ -164,6 +178,12 @@ class Config:
                 registry.BY_KIND[kind].entry(value)
             except UsageError as error:
                 raise UsageError(f"--{name.replace('_', '-')}: {error}") from error
+
+    @property
+    def allocation_options(self) -> dict[str, Any]:
+        """Options of the allocation, as `Masking.add_module` takes them."""
+        given = {"budgets": self.connected_budgets, "width": self.connected_width}
+        return {name: value for name, value in given.items() if value is not None}
 
     @property
     def static(self) -> bool:

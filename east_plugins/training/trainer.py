@@ -146,6 +146,7 @@ class Trainer:
             sparse_init=options.sparse_init,
             input_shape=self.data.input_shape,
             weight_init=options.weight_init,
+            allocation_options=options.allocation_options,
         )
         return host
 

@@ -2,7 +2,7 @@
 
 At extreme sparsity a random mask is disconnected: hardly any weight has both an input that is reached and an output
 that is read, the network computes a constant, and no gradient arrives. Here each layer's weights are confined to
-random subsets of its input and output channels, about the square root of its budget, shared by all layers that read
+random subsets of its input and output channels, about the square root of its budget by default, shared by all layers that read
 or write them; every channel of the subsets gets a weight that writes it and one that reads it; and the linearised
 twin (`ops.paths`) moves what still lies off path, for example taps that read nothing but padding.
 
@@ -30,14 +30,23 @@ logger = logging.getLogger(__name__)
 
 @allocation.register("connected", draws=True, budgets="ERK", help="ERK's budgets, every weight on a path")
 def draw(
-    model: nn.Module, budgets: Mapping[str, int], input_shape: Sequence[int], generator: torch.Generator
+    model: nn.Module,
+    budgets: Mapping[str, int],
+    input_shape: Sequence[int],
+    generator: torch.Generator,
+    *,
+    width: float = 0.5,
 ) -> dict[str, Tensor]:
     """Random masks with exactly `budgets[name]` active weights a layer, all on paths where the budgets allow it.
 
-    The network's inputs and outputs are all used where the budgets allow it. Boolean CPU tensors; the same ones on
-    every device, given the (CPU) generator. The model is left as it was. Raises `UsageError` where a layer lies on
-    no path of the dense network.
+    A set of channels has as many in use as the mean of budget ** `width` over the layers that read or write it, so
+    that a larger `width` gives more channels with fewer weights each. The network's inputs and outputs are all used
+    where the budgets allow it. Boolean CPU tensors; the same ones on every device, given the (CPU) generator. The
+    model is left as it was. Raises `UsageError` for a `width` outside [0, 1], and where a layer lies on no path of
+    the dense network.
     """
+    if not 0 <= width <= 1:
+        raise UsageError(f"--connected-width must be in [0, 1], got {width:g}")
     wiring, possible = _structure(model, budgets, input_shape)
     scores = {name: torch.rand(positions.shape, generator=generator) for name, positions in possible.items()}
     for name, positions in possible.items():
@@ -51,7 +60,7 @@ def draw(
     def wanted(channels: Tensor, budgets: list[int]) -> int:
         if ends.issuperset(channels.tolist()):
             return len(channels)
-        return round(sum(map(math.sqrt, budgets)) / len(budgets))
+        return round(sum(budget**width for budget in budgets) / len(budgets))
 
     def select(name: str, centred: bool) -> Tensor:
         score, kernel = scores[name].view(-1), math.prod(possible[name].shape[2:])

@@ -15,6 +15,7 @@ from ...errors import UsageError
 from ...ops.counts import apportion
 from ...ops.select import random_k
 from ..registry import allocation
+from .position import Place
 
 
 @allocation.register("ERK")
@@ -47,12 +48,21 @@ def epf(shape: Sequence[int]) -> float:
     return shape[0]
 
 
-def budgets(name: str, shapes: Mapping[str, Sequence[int]], total: int) -> dict[str, int]:
+def budgets(
+    name: str, shapes: Mapping[str, Sequence[int]], total: int, places: Mapping[str, Place] | None = None
+) -> dict[str, int]:
     """Active weights of every layer under the allocation called `name`: integers that sum to `total`.
 
-    Raises `UnknownNameError`, or `UsageError` where `total` gives some layer no weight.
+    `places` are the layers' positions, for an allocation that goes by them. Raises `UnknownNameError`, or `UsageError`
+    where `total` gives some layer no weight, or positions are needed and None.
     """
-    weights = [allocation.get(name)(tuple(shape)) for shape in shapes.values()]
+    entry = allocation.entry(name)
+    if not entry.meta.get("places"):
+        weights = [entry.object(tuple(shape)) for shape in shapes.values()]
+    elif places is not None:
+        weights = [entry.object(places[layer]) for layer in shapes]
+    else:
+        raise UsageError(f"--sparse-init {name} needs the layers' positions: add_module(..., input_shape=...)")
     sizes = [math.prod(shape) for shape in shapes.values()]
     if not len(shapes) <= total <= sum(sizes):
         allowed = f"{len(shapes)} (one a layer) to {sum(sizes)}"
