@@ -2,9 +2,9 @@
 
 At extreme sparsity a random mask is disconnected: hardly any weight has both an input that is reached and an output
 that is read, the network computes a constant, and no gradient arrives. Here each layer's weights are confined to
-random subsets of its input and output channels, about the square root of its budget by default, shared by all layers that read
-or write them; every channel of the subsets gets a weight that writes it and one that reads it; and the linearised
-twin (`ops.paths`) moves what still lies off path, for example taps that read nothing but padding.
+random subsets of its input and output channels, by default about the square root of its budget, shared by all layers
+that read or write them; every channel of the subsets gets a weight that writes it and one that reads it; and the
+linearised twin (`ops.paths`) moves what still lies off path, for example taps that read nothing but padding.
 
 Related: SynFlow (Tanaka et al. 2020), PHEW, which draws weights along random walks (Patil and Dovrolis 2021), and
 effective sparsity (Vysogorets and Kempe 2023).

@@ -1,4 +1,4 @@
-"""Allocations by position: places from the wiring, whatever the layers' names, and exact budgets with connected masks."""
+"""Allocations by position: places from the wiring, whatever the layers' names; exact budgets, connected masks."""
 
 import pytest
 import torch
