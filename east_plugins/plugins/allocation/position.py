@@ -23,11 +23,13 @@ class Place:
 
     `block`: the number, from 1, of the residual block among those that read and write the same stream, 0 for a layer
     in none. A block that opens a stream beside a projection is number 1, and the next one 2; the layers of an opening
-    block lie on no loop and have 0. `reads_input` and `writes_output`: the layer touches the network's own channels.
+    block lie on no loop and have 0. `beside`: a longer path leads around the layer, as around the projection beside a
+    block. `reads_input` and `writes_output`: the layer touches the network's own channels.
     """
 
     shape: tuple[int, ...]
     block: int
+    beside: bool
     reads_input: bool
     writes_output: bool
 
@@ -41,20 +43,21 @@ def first_blocks(place: Place) -> float:
 def places(model: nn.Module, shapes: Mapping[str, Sequence[int]], input_shape: Sequence[int]) -> dict[str, Place]:
     """The place of every layer whose weight has the given name and shape; the model is left as it was."""
     wiring = trace(model, shapes, input_shape)
-    blocks = _blocks(list(wiring.layers.values()), wiring.inputs, wiring.size)
+    blocks, beside = _positions(list(wiring.layers.values()), wiring.inputs, wiring.size)
     return {
         name: Place(
             tuple(shapes[name]),
             block,
+            around,
             bool(torch.isin(wiring.inputs, wires.sources).any()),
             bool(torch.isin(wiring.outputs, wires.targets).any()),
         )
-        for (name, wires), block in zip(wiring.layers.items(), blocks, strict=True)
+        for (name, wires), block, around in zip(wiring.layers.items(), blocks, beside, strict=True)
     }
 
 
-def _blocks(layers: Sequence[Wires], inputs: Tensor, size: int) -> list[int]:
-    """`Place.block` of every layer.
+def _positions(layers: Sequence[Wires], inputs: Tensor, size: int) -> tuple[list[int], list[bool]]:
+    """`Place.block` and `Place.beside` of every layer.
 
     A residual block is a loop: its layers lead from channels back to the same channels. Of the channels of loops that
     hang together those are the stream that something outside writes as well.
@@ -73,7 +76,24 @@ def _blocks(layers: Sequence[Wires], inputs: Tensor, size: int) -> list[int]:
         if not number[layer]:
             members = np.flatnonzero(loops[layer])
             number[members] = _numbered(reads, writes, members, one_to_one[members])
-    return number[:-1].tolist()
+    beside = [
+        not number[layer] and _has_detour(reads, writes, follows, number > 0, layer) for layer in range(len(layers))
+    ]
+    return number[:-1].tolist(), beside
+
+
+def _has_detour(reads: np.ndarray, writes: np.ndarray, follows: np.ndarray, looped: np.ndarray, layer: int) -> bool:
+    """Whether two or more layers on no loop lead from the layer's sources to its targets."""
+    others = ~looped
+    others[layer] = False
+    ends = others & (writes & writes[layer]).any(1)
+    now, seen = others & (reads & reads[layer]).any(1), np.zeros_like(others)
+    while ends.any() and now.any():
+        seen |= now
+        now = others & follows[now].any(0) & ~seen
+        if (now & ends).any():
+            return True
+    return False
 
 
 def _numbered(reads: np.ndarray, writes: np.ndarray, members: np.ndarray, one_to_one: np.ndarray) -> np.ndarray:

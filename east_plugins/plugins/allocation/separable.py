@@ -1,0 +1,165 @@
+"""Masks in the manner of depthwise-separable convolutions: whole kernels where they are few, pairs where kernels are not.
+
+A convolution that sees k x k positions of one channel for each output costs k * k weights a channel, one that mixes
+channels at one position costs a weight a pair (MobileNet, Howard et al. 2017). Layers take turns at both along the
+path, as wide as the number of weights allows, the same width everywhere; residual blocks, which the identity bypasses,
+keep one weight a layer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from ...errors import UsageError
+from ...ops.channels import Wires, Wiring, trace
+from ...ops.paths import path_positions
+from ...ops.select import top_k
+from ..registry import allocation
+from .connected import _cover, settle
+from .connected import draw as draw_connected
+from .layerwise import budgets as split
+from .position import places
+
+FULL, KERNELS, PAIRS, SPARE = "full", "kernels", "pairs", "spare"
+
+
+@dataclass(frozen=True)
+class _Layer:
+    """What a mask is drawn from: the wiring, the positions on a path of the dense network [pairs..., taps], the role."""
+
+    wires: Wires
+    possible: Tensor
+    role: str
+
+
+@allocation.register("separable", draws=True, keeps_counts=True, help="whole kernels and pairs of channels in turn")
+def separable(
+    model: nn.Module, budgets: Mapping[str, int], input_shape: Sequence[int], generator: torch.Generator
+) -> dict[str, Tensor]:
+    """Masks of `sum(budgets.values())` weights: whole kernels and pairs of channels in turn, as wide as they can be.
+
+    The first layers have every weight between their channels. Then a layer with kernels follows each input channel by
+    one of its own, with all taps, unless the layer before did; any other layer connects all pairs of its channels at
+    its kernel's centre. A layer in a residual block that begins and ends in one stream, or beside a block that opens a
+    stream, keeps one weight. What is left of the total lies at random between the channels in use.
+
+    `budgets` gives the total only; where it is too small for one channel a layer, the masks are those of `connected`
+    with the same number in every layer. Boolean CPU tensors; the model is left as it was. Raises `UsageError` where a
+    layer lies on no path of the dense network.
+    """
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    shapes = {name: parameters[name].shape for name in budgets}
+    total = sum(budgets.values())
+    wiring = trace(model, shapes, input_shape)
+    possible = path_positions(model, {n: torch.ones(s, dtype=torch.bool) for n, s in shapes.items()}, input_shape)
+    if lost := [name for name, positions in possible.items() if not positions.any()]:
+        raise UsageError(f"--sparse-init separable: layer {lost[0]} lies on no path from input to output")
+    roles = _roles(model, wiring, shapes, input_shape)
+    layers = {
+        name: _Layer(wiring.layers[name], positions.reshape(*positions.shape[:2], -1), roles[name])
+        for name, positions in possible.items()
+    }
+    order = torch.rand(wiring.size, generator=generator)
+    masks, low, high = None, 0, max(max(shape[:2]) for shape in shapes.values())
+    while low < high:  # the widest that fits
+        width = (low + high + 1) // 2
+        drawn = _drawn(layers, wiring, order, width)
+        if sum(int(mask.sum()) for mask in drawn.values()) <= total:
+            masks, low = drawn, width
+        else:
+            high = width - 1
+    if masks is None:
+        return draw_connected(model, split("EPL", shapes, total), input_shape, generator)
+    _fill(masks, layers, total, generator)
+    masks = {name: mask.view(shapes[name]) for name, mask in masks.items()}
+    scores = {name: torch.rand(mask.shape, generator=generator) for name, mask in masks.items()}
+    if settle(model, masks, scores, input_shape, generator):
+        return draw_connected(model, {n: int(mask.sum()) for n, mask in masks.items()}, input_shape, generator)
+    return masks
+
+
+def _roles(
+    model: nn.Module, wiring: Wiring, shapes: Mapping[str, Sequence[int]], input_shape: Sequence[int]
+) -> dict[str, str]:
+    where, roles = places(model, shapes, input_shape), {}
+    for name, wires in wiring.layers.items():
+        taps = torch.Size(shapes[name][2:]).numel()
+        before = {roles[other] for other in roles if torch.isin(wiring.layers[other].targets, wires.sources).any()}
+        if where[name].reads_input:
+            roles[name] = FULL
+        elif where[name].block or where[name].beside:
+            roles[name] = SPARE
+        else:
+            roles[name] = KERNELS if taps > 1 and KERNELS not in before else PAIRS
+    return roles
+
+
+def _drawn(layers: Mapping[str, _Layer], wiring: Wiring, order: Tensor, width: int) -> dict[str, Tensor]:
+    """Masks of the pattern with `width` channels in every set that a layer reads or writes as a whole."""
+    chosen = torch.zeros(wiring.size, dtype=torch.bool)
+    chosen[0] = chosen[wiring.inputs] = chosen[wiring.outputs] = True
+    for layer in layers.values():
+        for side in (layer.wires.sources, layer.wires.targets):
+            chosen[side[order[side].argsort(descending=True)[:width]]] = True
+    return {name: _pattern(layer, chosen, order) for name, layer in layers.items()}
+
+
+def _pattern(layer: _Layer, chosen: Tensor, order: Tensor) -> Tensor:
+    """The mask of one layer, [first dimension, second, taps]."""
+    shape = layer.possible.shape
+    source, target = (side.expand(shape[:2]) for side in (layer.wires.source, layer.wires.target))
+    pairs = chosen[source] & chosen[target] & layer.possible.any(2)
+    if not pairs.any():
+        pairs = layer.possible.any(2)
+    best = _centred(layer.possible)
+    if layer.role == FULL:
+        return layer.possible & pairs.unsqueeze(2)
+    if layer.role == PAIRS:
+        return best & pairs.unsqueeze(2)
+    matched = _matched(source, target, pairs, order, every=layer.role == KERNELS)
+    return (layer.possible if layer.role == KERNELS else best) & matched.unsqueeze(2)
+
+
+def _matched(source: Tensor, target: Tensor, pairs: Tensor, order: Tensor, every: bool) -> Tensor:
+    """Of the pairs [first dimension, second] so many that each channel among them has one, the first in order; or the
+    first of all."""
+    at = pairs.flatten().nonzero().flatten()
+    source, target = source.reshape(-1)[at], target.reshape(-1)[at]
+    rank = order[source] + order[target]
+    picked = _cover(source, target, torch.ones_like(order, dtype=torch.bool), rank) if every else rank.argmax()
+    matched = torch.zeros(pairs.numel(), dtype=torch.bool)
+    matched[at[picked]] = True
+    return matched.view(pairs.shape)
+
+
+def _centred(possible: Tensor) -> Tensor:
+    """The tap nearest to the kernel's centre of every pair that has any."""
+    taps = possible.shape[2]
+    distance = (torch.arange(taps) - taps // 2).abs()
+    nearest = torch.where(possible, taps - distance, 0).argmax(2, keepdim=True)
+    return torch.zeros_like(possible).scatter_(2, nearest, True) & possible
+
+
+def _fill(masks: Mapping[str, Tensor], layers: Mapping[str, _Layer], total: int, generator: torch.Generator) -> None:
+    """Add weights at random until there are `total`: between channels in use if there is room, else anywhere."""
+    for anywhere in (0, 1, 2):
+        free = {}
+        for name, mask in masks.items():
+            rows, columns = mask.any(2).any(1), mask.any(2).any(0)
+            inside = rows[:, None, None] & columns[None, :, None] & (layers[name].role != SPARE)
+            allowed = (inside & layers[name].possible, layers[name].possible, torch.ones_like(mask))[anywhere]
+            free[name] = (allowed & ~mask).flatten()
+        allowed = torch.cat(list(free.values()))
+        missing = total - sum(int(mask.sum()) for mask in masks.values())
+        count = min(missing, int(allowed.sum()))
+        added = torch.zeros_like(allowed)
+        if count:
+            added[top_k(torch.rand(len(allowed), generator=generator), count, allowed, generator)] = True
+        for mask, more in zip(masks.values(), added.split([len(each) for each in free.values()]), strict=True):
+            mask.view(-1).logical_or_(more)
+        if count == missing:
+            return
