@@ -1,4 +1,4 @@
-"""Masks in the manner of depthwise-separable convolutions: whole kernels where they are few, pairs where kernels are not.
+"""Masks like depthwise-separable convolutions: whole kernels of single channels, then pairs without kernels.
 
 A convolution that sees k x k positions of one channel for each output costs k * k weights a channel, one that mixes
 channels at one position costs a weight a pair (MobileNet, Howard et al. 2017). Layers take turns at both along the
@@ -29,11 +29,19 @@ FULL, KERNELS, PAIRS, SPARE = "full", "kernels", "pairs", "spare"
 
 @dataclass(frozen=True)
 class _Layer:
-    """What a mask is drawn from: the wiring, the positions on a path of the dense network [pairs..., taps], the role."""
+    """What a mask is drawn from: the wiring, the role, the positions on a path of the dense network as [first
+    dimension, second, taps], and how many of these taps each pair [first, second] gets if it gets any."""
 
     wires: Wires
-    possible: Tensor
     role: str
+    possible: Tensor
+    taps: Tensor
+
+    @classmethod
+    def of(cls, wires: Wires, role: str, possible: Tensor) -> _Layer:
+        possible = possible.reshape(*possible.shape[:2], -1)
+        taps = possible.any(2).int() if role in (PAIRS, SPARE) else possible.sum(2, dtype=torch.int32)
+        return cls(wires, role, possible, taps)
 
 
 @allocation.register("separable", draws=True, keeps_counts=True, help="whole kernels and pairs of channels in turn")
@@ -59,21 +67,11 @@ def separable(
     if lost := [name for name, positions in possible.items() if not positions.any()]:
         raise UsageError(f"--sparse-init separable: layer {lost[0]} lies on no path from input to output")
     roles = _roles(model, wiring, shapes, input_shape)
-    layers = {
-        name: _Layer(wiring.layers[name], positions.reshape(*positions.shape[:2], -1), roles[name])
-        for name, positions in possible.items()
-    }
-    order = torch.rand(wiring.size, generator=generator)
-    masks, low, high = None, 0, max(max(shape[:2]) for shape in shapes.values())
-    while low < high:  # the widest that fits
-        width = (low + high + 1) // 2
-        drawn = _drawn(layers, wiring, order, width)
-        if sum(int(mask.sum()) for mask in drawn.values()) <= total:
-            masks, low = drawn, width
-        else:
-            high = width - 1
-    if masks is None:
+    layers = {name: _Layer.of(wiring.layers[name], roles[name], positions) for name, positions in possible.items()}
+    pairs = _widest(layers, wiring, total, torch.rand(wiring.size, generator=generator))
+    if pairs is None:
         return draw_connected(model, split("EPL", shapes, total), input_shape, generator)
+    masks = {name: _mask(layer, pairs[name]) for name, layer in layers.items()}
     _fill(masks, layers, total, generator)
     masks = {name: mask.view(shapes[name]) for name, mask in masks.items()}
     scores = {name: torch.rand(mask.shape, generator=generator) for name, mask in masks.items()}
@@ -98,30 +96,48 @@ def _roles(
     return roles
 
 
-def _drawn(layers: Mapping[str, _Layer], wiring: Wiring, order: Tensor, width: int) -> dict[str, Tensor]:
-    """Masks of the pattern with `width` channels in every set that a layer reads or writes as a whole."""
-    chosen = torch.zeros(wiring.size, dtype=torch.bool)
-    chosen[0] = chosen[wiring.inputs] = chosen[wiring.outputs] = True
-    for layer in layers.values():
-        for side in (layer.wires.sources, layer.wires.targets):
-            chosen[side[order[side].argsort(descending=True)[:width]]] = True
-    return {name: _pattern(layer, chosen, order) for name, layer in layers.items()}
+def _widest(layers: Mapping[str, _Layer], wiring: Wiring, total: int, order: Tensor) -> dict[str, Tensor] | None:
+    """The pairs of channels that each layer connects in the widest pattern of at most `total` weights, None where even
+    one channel is too many. Of every set that a layer reads or writes as a whole the first channels in `order` are
+    used, and of the network's own channels all."""
+    found, low, high = None, 0, max(max(layer.taps.shape) for layer in layers.values())
+    while low < high:
+        width = (low + high + 1) // 2
+        chosen = torch.zeros(wiring.size, dtype=torch.bool)
+        chosen[0] = chosen[wiring.inputs] = chosen[wiring.outputs] = True
+        for layer in layers.values():
+            for side in (layer.wires.sources, layer.wires.targets):
+                chosen[side[order[side].argsort(descending=True)[:width]]] = True
+        pairs = {name: _pairs(layer, chosen, order) for name, layer in layers.items()}
+        if sum(int(layer.taps[pairs[name]].sum()) for name, layer in layers.items()) <= total:
+            found, low = pairs, width
+        else:
+            high = width - 1
+    return found
 
 
-def _pattern(layer: _Layer, chosen: Tensor, order: Tensor) -> Tensor:
-    """The mask of one layer, [first dimension, second, taps]."""
-    shape = layer.possible.shape
-    source, target = (side.expand(shape[:2]) for side in (layer.wires.source, layer.wires.target))
-    pairs = chosen[source] & chosen[target] & layer.possible.any(2)
+def _pairs(layer: _Layer, chosen: Tensor, order: Tensor) -> Tensor:
+    """Which pairs of channels [first dimension, second] a layer connects."""
+    source, target = (side.expand(layer.taps.shape) for side in (layer.wires.source, layer.wires.target))
+    pairs = chosen[source] & chosen[target] & (layer.taps > 0)
     if not pairs.any():
-        pairs = layer.possible.any(2)
-    best = _centred(layer.possible)
-    if layer.role == FULL:
+        pairs = layer.taps > 0
+    if layer.role in (FULL, PAIRS):
+        return pairs
+    return _matched(source, target, pairs, order, every=layer.role == KERNELS)
+
+
+def _mask(layer: _Layer, pairs: Tensor) -> Tensor:
+    """The layer's mask as [first dimension, second, taps]: of each pair all possible taps, or the one nearest to the
+    kernel's centre."""
+    if layer.role in (FULL, KERNELS):
         return layer.possible & pairs.unsqueeze(2)
-    if layer.role == PAIRS:
-        return best & pairs.unsqueeze(2)
-    matched = _matched(source, target, pairs, order, every=layer.role == KERNELS)
-    return (layer.possible if layer.role == KERNELS else best) & matched.unsqueeze(2)
+    taps = layer.possible.shape[2]
+    nearness = taps - (torch.arange(taps) - taps // 2).abs()
+    place = pairs.nonzero(as_tuple=True)
+    mask = torch.zeros_like(layer.possible)
+    mask[(*place, torch.where(layer.possible[place], nearness, 0).argmax(1))] = True
+    return mask
 
 
 def _matched(source: Tensor, target: Tensor, pairs: Tensor, order: Tensor, every: bool) -> Tensor:
@@ -134,14 +150,6 @@ def _matched(source: Tensor, target: Tensor, pairs: Tensor, order: Tensor, every
     matched = torch.zeros(pairs.numel(), dtype=torch.bool)
     matched[at[picked]] = True
     return matched.view(pairs.shape)
-
-
-def _centred(possible: Tensor) -> Tensor:
-    """The tap nearest to the kernel's centre of every pair that has any."""
-    taps = possible.shape[2]
-    distance = (torch.arange(taps) - taps // 2).abs()
-    nearest = torch.where(possible, taps - distance, 0).argmax(2, keepdim=True)
-    return torch.zeros_like(possible).scatter_(2, nearest, True) & possible
 
 
 def _fill(masks: Mapping[str, Tensor], layers: Mapping[str, _Layer], total: int, generator: torch.Generator) -> None:
