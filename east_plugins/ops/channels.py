@@ -60,7 +60,8 @@ class Wiring:
     """Wires of every layer by its weight's name, the network's own inputs and outputs, and 1 + the largest number.
 
     Layers that the forward pass does not call, or not with their weight alone, read and write number 0. `norms` are
-    the numbers of the channels that each of the given norms gets, number 0 where it is not called.
+    the numbers of the channels that each of the given norms gets, number 0 where it is not called. `added` names the
+    layer before each norm that gets a layer's output as it is and hands it on to an addition or a product.
     """
 
     layers: dict[str, Wires]
@@ -68,6 +69,7 @@ class Wiring:
     inputs: Tensor
     outputs: Tensor
     size: int
+    added: dict[str, str]
 
 
 @torch.no_grad()
@@ -103,7 +105,9 @@ def trace(
         name: label[mode.norms.get(name, torch.zeros(norm.num_features, dtype=torch.long))]
         for name, norm in norms.items()
     }
-    return Wiring(layers, seen, _distinct(label[_numbers(channels)]), _distinct(label[written]), len(label))
+    return Wiring(
+        layers, seen, _distinct(label[_numbers(channels)]), _distinct(label[written]), len(label), mode.added()
+    )
 
 
 class _Numbers(Tensor):
@@ -118,6 +122,8 @@ class _Trace(TorchFunctionMode):
         self.layers: dict[str, tuple[Tensor, Tensor]] = {}
         self.norms: dict[str, Tensor] = {}
         self.joined: list[Tensor] = []
+        self.operands: set[int] = set()
+        self.direct: dict[str, set[int]] = {}
 
     @contextlib.contextmanager
     def watching(self, norms: Mapping[str, nn.Module]) -> Iterator[None]:
@@ -126,6 +132,8 @@ class _Trace(TorchFunctionMode):
         def note(name):
             def hook(module, args):
                 numbers = _numbers(_along(args[0], 1))
+                if name not in self.norms and self.operands.isdisjoint(numbers.tolist()):
+                    self.direct[name] = set(numbers.tolist())
                 self._couple(numbers, self.norms.setdefault(name, numbers))
 
             return hook
@@ -186,6 +194,7 @@ class _Trace(TorchFunctionMode):
                 self._couple(read, written[torch.arange(inputs) * outputs // inputs])
             return written
         source, target = self.layers[layer]
+        self.operands.difference_update(target.flatten().tolist())  # written anew
         if transposed:
             self._couple(read, source.flatten())
             return target[:: inputs // groups].flatten()
@@ -195,6 +204,8 @@ class _Trace(TorchFunctionMode):
     def _join(self, operands: list[Tensor], tensors: list[Tensor]) -> Tensor:
         """Couple channel with channel; one that meets several, such as a gate common to all channels, stays alone."""
         shape = torch.broadcast_shapes(*(tensor.shape for tensor in tensors))
+        for operand in operands:
+            self.operands.update(_numbers(operand).unique().tolist())
         first, *others = (operand.expand(shape) for operand in operands)
         for other in others:
             a, b = self._pairs(_numbers(first), _numbers(other))
@@ -205,6 +216,16 @@ class _Trace(TorchFunctionMode):
 
     def _couple(self, a: Tensor, b: Tensor) -> None:
         self.joined.append(self._pairs(a, b))
+
+    def added(self) -> dict[str, str]:
+        """`Wiring.added`."""
+        written = {number: name for name, (_, target) in self.layers.items() for number in target.flatten().tolist()}
+        found = {}
+        for norm, numbers in self.direct.items():
+            names = {written.get(number) for number in numbers & self.operands}
+            if len(names) == 1 and (name := names.pop()) is not None:
+                found[norm] = name
+        return found
 
     @staticmethod
     def _pairs(a: Tensor, b: Tensor) -> Tensor:

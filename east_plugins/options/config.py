@@ -92,6 +92,9 @@ class Config:
     weight_init: str | None = option(
         None, "initial values; sparse-fan-in scales them for the active fan-in", choices=["default", "sparse-fan-in"]
     )
+    quiet_branches: str | None = option(
+        None, "residual branches whose last norm's scale starts at zero (default: none)", choices=["all", "loops"]
+    )
     prune_scope: str | None = option(None, "prune per layer or over all (default: local)", choices=["local", "global"])
     keep_connected: bool = option(False, "updates keep weights on input-to-output paths")
     density_schedule: str | None = option(None, "density over time without cycles", choices=DENSITY_SCHEDULES)

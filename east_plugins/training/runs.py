@@ -20,6 +20,7 @@ from ..errors import UsageError
 from ..options import config
 from ..options.config import Config
 from ..plugins import registry
+from ..plugins.transform.quiet import quiet
 from . import images, models
 
 CONFIG, METRICS, SUMMARY, CHECKPOINT = "config.yaml", "metrics.jsonl", "summary.json", "checkpoint.pt"
@@ -129,6 +130,8 @@ def build_model(options: Config, num_classes: int, input_shape: tuple[int, int, 
         registry.transform.get("dctps")(model, engine=options.dctps_engine)
     if options.east.share:
         registry.transform.get("share")(model, options.east.share_from)
+    if options.quiet_branches:
+        quiet(model, input_shape, options.quiet_branches)
     return model
 
 
