@@ -71,9 +71,11 @@ def separable(
     pairs = _widest(layers, wiring, total, torch.rand(wiring.size, generator=generator))
     if pairs is None:
         return draw_connected(model, split("EPL", shapes, total), input_shape, generator)
-    masks = {name: _mask(layer, pairs[name]) for name, layer in layers.items()}
-    _fill(masks, layers, total, generator)
-    masks = {name: mask.view(shapes[name]) for name, mask in masks.items()}
+    masks = {name: _mask(layer, pairs[name]).view(shapes[name]) for name, layer in layers.items()}
+    inside = {name: _between(mask, layers[name]) for name, mask in masks.items()}
+    reached, anywhere = path_positions(model, masks, input_shape), {n: torch.ones_like(m) for n, m in masks.items()}
+    missing = total - sum(int(mask.sum()) for mask in masks.values())
+    _fill(masks, missing, (inside, reached, possible, anywhere), generator)
     scores = {name: torch.rand(mask.shape, generator=generator) for name, mask in masks.items()}
     if settle(model, masks, scores, input_shape, generator):
         return draw_connected(model, {n: int(mask.sum()) for n, mask in masks.items()}, input_shape, generator)
@@ -152,22 +154,31 @@ def _matched(source: Tensor, target: Tensor, pairs: Tensor, order: Tensor, every
     return matched.view(pairs.shape)
 
 
-def _fill(masks: Mapping[str, Tensor], layers: Mapping[str, _Layer], total: int, generator: torch.Generator) -> None:
-    """Add weights at random until there are `total`: between channels in use if there is room, else anywhere."""
-    for anywhere in (0, 1, 2):
-        free = {}
-        for name, mask in masks.items():
-            rows, columns = mask.any(2).any(1), mask.any(2).any(0)
-            inside = rows[:, None, None] & columns[None, :, None] & (layers[name].role != SPARE)
-            allowed = (inside & layers[name].possible, layers[name].possible, torch.ones_like(mask))[anywhere]
-            free[name] = (allowed & ~mask).flatten()
-        allowed = torch.cat(list(free.values()))
-        missing = total - sum(int(mask.sum()) for mask in masks.values())
-        count = min(missing, int(allowed.sum()))
-        added = torch.zeros_like(allowed)
+def _fill(
+    masks: Mapping[str, Tensor],
+    missing: int,
+    allowed: Sequence[Mapping[str, Tensor]],
+    generator: torch.Generator,
+) -> None:
+    """Add `missing` weights at random, in place: at the first of the allowed positions, then at the next."""
+    for positions in allowed:
+        free = [(positions[name] & ~mask).flatten() for name, mask in masks.items()]
+        at = torch.cat(free)
+        count = min(missing, int(at.sum()))
+        added = torch.zeros_like(at)
         if count:
-            added[top_k(torch.rand(len(allowed), generator=generator), count, allowed, generator)] = True
-        for mask, more in zip(masks.values(), added.split([len(each) for each in free.values()]), strict=True):
+            added[top_k(torch.rand(len(at), generator=generator), count, at, generator)] = True
+        for mask, more in zip(masks.values(), added.split([len(each) for each in free]), strict=True):
             mask.view(-1).logical_or_(more)
-        if count == missing:
+        missing -= count
+        if not missing:
             return
+
+
+def _between(mask: Tensor, layer: _Layer) -> Tensor:
+    """The positions between channels that the layer uses, none where it is spare."""
+    if layer.role == SPARE:
+        return torch.zeros_like(mask)
+    taps = mask.flatten(2).any(2) if mask.dim() > 2 else mask
+    between = taps.any(1)[:, None] & taps.any(0)[None, :]
+    return between.view(*between.shape, *[1] * (mask.dim() - 2)) & layer.possible.view(mask.shape)
