@@ -14,22 +14,30 @@ from .errors import EastError, UsageError
 if TYPE_CHECKING:
     from .host.itop import CosineDecay, LinearDecay, add_sparse_args
     from .host.masking import Masking
+    from .options.config import Config
+    from .options.east import EastOptions
     from .plugins.activation import factory
     from .plugins.activation.phased import PhaseOut, attach
     from .plugins.density import Cyclic
+    from .plugins.protocols import Layer, option
     from .plugins.registry import activation, allocation, density, growth, pruning, rate, redistribution, transform
     from .plugins.transform.dct.convert import convert, materialize
     from .plugins.transform.sharing import share
     from .sparse.engine import Engine
+    from .training.compare import compare
+    from .training.trainer import train
     from .upstream import launch
 
 __version__ = "0.2.0.dev0"
 
 #: Public name to the module that it lies in.
 _PUBLIC = {
+    "Config": "options.config",
     "CosineDecay": "host.itop",
     "Cyclic": "plugins.density",
+    "EastOptions": "options.east",
     "Engine": "sparse.engine",
+    "Layer": "plugins.protocols",
     "LinearDecay": "host.itop",
     "Masking": "host.masking",
     "PhaseOut": "plugins.activation.phased",
@@ -37,23 +45,29 @@ _PUBLIC = {
     "add_sparse_args": "host.itop",
     "allocation": "plugins.registry",
     "attach": "plugins.activation.phased",
+    "compare": "training.compare",
     "convert": "plugins.transform.dct.convert",
     "density": "plugins.registry",
     "factory": "plugins.activation",
     "growth": "plugins.registry",
     "materialize": "plugins.transform.dct.convert",
+    "option": "plugins.protocols",
     "pruning": "plugins.registry",
     "rate": "plugins.registry",
     "redistribution": "plugins.registry",
     "share": "plugins.transform.sharing",
+    "train": "training.trainer",
     "transform": "plugins.registry",
 }
 
 __all__ = [
+    "Config",
     "CosineDecay",
     "Cyclic",
     "EastError",
+    "EastOptions",
     "Engine",
+    "Layer",
     "LinearDecay",
     "Masking",
     "PhaseOut",
@@ -62,16 +76,19 @@ __all__ = [
     "add_sparse_args",
     "allocation",
     "attach",
+    "compare",
     "convert",
     "density",
     "factory",
     "growth",
     "launch",
     "materialize",
+    "option",
     "pruning",
     "rate",
     "redistribution",
     "share",
+    "train",
     "transform",
 ]
 

@@ -34,5 +34,9 @@ class NothingMatchedError(UsageError):
     """A plugin found nothing in the model that it could act on."""
 
 
+class Interrupted(EastError):
+    """Ctrl-C was pressed; what was done so far is saved."""
+
+
 class MissingExtraError(UsageError):
     """An optional dependency is not installed; the message gives the command that installs it."""

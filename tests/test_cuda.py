@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from east_plugins import Masking
 from east_plugins.host.optimizer_state import state_tensors
-from east_plugins.options.config import from_flags
+from east_plugins.options.sources import from_flags
 from east_plugins.plugins.activation import factory
 from east_plugins.plugins.activation.phased import PhaseOut, attach
 from east_plugins.plugins.density import Cyclic

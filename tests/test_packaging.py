@@ -20,7 +20,7 @@ def test_every_file_of_the_package_that_is_no_module_is_installed():
     }  # fmt: skip
     wanted = {
         path for path in (ROOT / "east_plugins").rglob("*")
-        if path.is_file() and path.suffix != ".py" and "__pycache__" not in path.parts
+        if path.is_file() and path.suffix not in (".py", ".md") and "__pycache__" not in path.parts
     }  # fmt: skip
     assert packaged == wanted and any(path.suffix == ".c" for path in wanted)
 

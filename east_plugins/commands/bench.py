@@ -2,187 +2,294 @@
 
 from __future__ import annotations
 
-import importlib
-import importlib.util
+import argparse
 import json
-import platform
-import statistics
 import sys
-import time
-from argparse import Namespace
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-
-from .. import __version__
 from ..errors import UnknownNameError, UsageError
-from ..host.masking import Masking
-from ..ops import memory
-from ..ops.maskable import maskable
 from ..options import flags
-from ..training import models, runs
+from .parsing import parser, program
 
-WHAT = ("step", "update", "inference")
+if TYPE_CHECKING:
+    from ..measure.networks import Subject
 
-
-def interleaved(candidates: Mapping[str, Callable[[], Any]], repeats: int, device: torch.device) -> list[dict]:
-    """Milliseconds of every candidate over `repeats` rounds, in turn within a round: median, minimum, maximum.
-
-    One round goes before as warm-up.
-    """
-    times: dict[str, list[float]] = {name: [] for name in candidates}
-    for _ in range(repeats + 1):
-        for name, run in candidates.items():
-            _wait_for(device)
-            began = time.perf_counter()
-            run()
-            _wait_for(device)
-            times[name].append(1000 * (time.perf_counter() - began))
-    rows = []
-    for name, values in times.items():
-        values = values[1:]
-        rows.append(
-            {"name": name, "median_ms": statistics.median(values), "min_ms": min(values), "max_ms": max(values)}
-        )
-    return rows
-
-
-def _wait_for(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-
-
-def report(rows: Sequence[Mapping[str, Any]], ratios: Mapping[str, tuple[str, str]]) -> dict[str, Any]:
-    """What `bench --json` prints: rows, ratios of medians, versions and thread count."""
-    median = {row["name"]: row["median_ms"] for row in rows}
-    return {
-        "rows": list(rows),
-        "ratios": {n: median[a] / median[b] for n, (a, b) in ratios.items() if a in median and b in median},
-        "versions": {"east_plugins": __version__, "torch": str(torch.__version__), "python": platform.python_version()},
-        "threads": torch.get_num_threads(),
-    }
-
-
-def as_text(result: Mapping[str, Any]) -> str:
-    """The same for people."""
-    lines = [f"{'':<28} {'median':>10} {'min':>10} {'max':>10}   ms, {result['threads']} threads"]
-    for row in result["rows"]:
-        lines.append(f"{row['name']:<28} {row['median_ms']:>10.3f} {row['min_ms']:>10.3f} {row['max_ms']:>10.3f}")
-    lines += [f"{name:<28} {value:>10.2f}" for name, value in result["ratios"].items()]
-    for name, parts in result.get("memory_mib", {}).items():
-        lines.append(f"{name:<28} " + ", ".join(f"{part} {mib:.1f} MiB" for part, mib in parts.items()))
-    return "\n".join(lines)
+DENSITIES = [0.0001, 0.0005, 0.001, 0.005, 0.01, 0.05, 0.1, 0.2]
+MASKS = ("connected", "ERK", "random", "trained", "connected-trained")
 
 
 def main(argv: Sequence[str]) -> int:
     if not argv or argv[0] in ("-h", "--help"):
-        print(f"usage: east_plugins bench {{{','.join(WHAT)}}} [flags]   (bench step --help lists them)")
+        print(f"usage: {program()} bench {{{','.join(BENCHMARKS)}}} [flags]   (bench step --help lists them)")
         return 0 if argv else 2
-    if argv[0] not in WHAT:
-        raise UnknownNameError("benchmark", argv[0], WHAT)
-    if argv[0] == "inference":
-        return importlib.import_module("east_plugins.measure.inference").main(argv[1:])
-    parser = flags.Parser(prog=f"east_plugins bench {argv[0]}", description=_HELP[argv[0]])
-    add = parser.add_argument
+    if argv[0] not in BENCHMARKS:
+        raise UnknownNameError("benchmark", argv[0], BENCHMARKS)
+    return BENCHMARKS[argv[0]](argv[1:])
+
+
+def step(argv: Sequence[str]) -> int:
+    parse = parser(
+        "bench step",
+        "Whole training steps, dense, masked as ITOP does it, and with our sparse engine (SGD, momentum, weight "
+        "decay); then the hosts' step() alone.",
+        "bench step --model resnet34 --density 0.0005",
+        "bench step --masks trained --itop ../ITOP --threads 1 --json",
+    )
+    _about_the_network(parse)
+    add = parse.add_argument
+    add("--batch-size", type=int, default=128, metavar="N", help="images a step (default: 128)")
+    _masks(parse, "connected")
+    add("--activation", metavar="NAME", help="in place of every ReLU, undiluted, e.g. dyrelu-b (default: ReLU)")
+    _about_the_timing(parse, 3)
+    add("--sparseprop", type=Path, metavar="DIR", help="checkout of SparseProp, built, to time its layers beside ours")
+    args = _parsed(parse, argv)
+    from ..measure import published
+    from ..measure.step import step
+
+    if args.sparseprop:
+        published.sparseprop(args.sparseprop)
+    result = step(_subject(args), args.batch_size, args.growth, args.repeats, args.itop, args.sparseprop)
+    return _printed(result, args.json)
+
+
+def sweep(argv: Sequence[str]) -> int:
+    parse = parser(
+        "bench sweep",
+        "A whole training step at many densities: dense under masks, ours, and the arithmetic's own limit.",
+        "bench sweep --threads 1 --plot sweep.png",
+        "bench sweep --densities 0.001,0.01 --sparseprop ../sparseprop --json",
+    )
+    _about_the_network(parse, density=False)
+    _masks(parse, "ERK")
+    add = parse.add_argument
+    add("--densities", type=_numbers, default=DENSITIES, metavar="X,X",
+        help=f"active shares of the weights (default: {','.join(f'{d:g}' for d in DENSITIES)})")  # fmt: skip
+    add("--batch-size", type=int, default=32, metavar="N", help="images a step (default: 32)")
+    add("--repeats", type=int, default=3, metavar="N", help="rounds (default: 3)")
+    add("--threads", type=int, metavar="N", help="CPU threads (default: PyTorch's choice)")
+    add("--sparseprop", type=Path, metavar="DIR", help="checkout of SparseProp, built, to time its layers beside ours")
+    add("--plot", type=Path, metavar="FILE", help="time against density as PNG, SVG or PDF")
+    add("--json", action="store_true", help="one JSON object in place of the table")
+    parse.set_defaults(device="cpu")
+    args = _parsed(parse, argv)
+    from ..measure import chart, published
+    from ..measure import sweep as measure
+    from ..ops import figures
+
+    if args.plot:
+        figures.check_path(args.plot, "--plot")
+    if args.sparseprop:
+        published.sparseprop(args.sparseprop)
+    result = measure.sweep(_subject(args), args.densities, args.batch_size, args.repeats, args.sparseprop)
+    if args.plot:
+        chart.density_chart(result, args.model, args.plot)
+    print(json.dumps(result) if args.json else measure.as_text(result))
+    return 0
+
+
+def update(argv: Sequence[str]) -> int:
+    parse = parser(
+        "bench update",
+        "A topology update of our host against the dense model's optimizer.step(), from ERK's masks.",
+        "bench update --model resnet50",
+        "bench update --growth random --itop ../ITOP",
+    )
+    _about_the_network(parse)
+    _about_the_timing(parse, 15)
+    args = _parsed(parse, argv)
+    from ..measure.update import update
+
+    return _printed(update(_subject(args), args.growth, args.repeats, args.itop), args.json)
+
+
+def inference(argv: Sequence[str]) -> int:
+    parse = parser(
+        "bench inference",
+        "Inference on the CPU: dense in PyTorch and onnxruntime, sparse as ONNX and C. The network is a run's, or one "
+        "drawn for 32 x 32 images with random norms.",
+        "bench inference --density 0.0005 --plot inference.png",
+        "bench inference runs/digits --batch 1 --threads 1",
+    )
+    add = parse.add_argument
+    add("run", nargs="?", type=Path, metavar="RUN", help="folder of a finished run: its network, masks as trained")
+    drawn = [
+        add("--model", default="resnet34", metavar="NAME", help="network (default: resnet34)"),
+        add("--classes", type=int, default=10, metavar="N", help="its outputs (default: 10)"),
+        add("--density", type=float, default=0.0005, metavar="X", help="active share of the weights (default: 0.0005)"),
+        _masks(parse, "connected"),
+        add("--dctps", action="store_true", help="DCTpS layers"),
+    ]
+    add("--seed", type=int, default=0, metavar="N", help="seed of masks and values (default: 0)")
+    add("--batch", type=_integers, default=[1, 64], metavar="N,N", help="batch sizes (default: 1,64)")
+    add("--repeats", type=int, default=20, metavar="N", help="rounds (default: 20)")
+    add("--threads", type=int, default=1, metavar="N", help="CPU threads of PyTorch and onnxruntime (default: 1)")
+    add("--plot", type=Path, metavar="FILE", help="bar chart as PNG, SVG or PDF")
+    add("--json", action="store_true", help="one JSON object in place of the table")
+    args = parse.parse_args(argv)
+    given = [action.option_strings[0] for action in drawn if getattr(args, action.dest) != action.default]
+    if args.run and given:
+        raise UsageError(f"{' '.join(given)}: a RUN is measured as it is, leave them out")
+    if min(args.repeats, args.threads, *args.batch) < 1:
+        raise UsageError("--repeats, --threads and --batch must be at least 1")
+    return _inference(args)
+
+
+def _inference(args: argparse.Namespace) -> int:
+    import torch
+
+    from ..measure import chart
+    from ..measure.inference import inference
+    from ..measure.networks import for_inference
+    from ..ops import figures
+    from ..training import runs
+
+    if args.plot:
+        figures.check_path(args.plot, "--plot")
+    torch.set_num_threads(args.threads)
+    if args.run:
+        run = runs.load_run(args.run)
+        model, masks, shape = run.model, run.masks, run.input_shape
+    else:
+        subject = _subject(args)
+        (model, masks), shape = for_inference(subject), subject.shape
+    result = inference(model, masks, shape, args.batch, args.repeats, args.threads, args.seed)
+    if args.plot:
+        chart.bar_chart(result, f"{args.run or args.model}", args.plot)
+    return _printed(result, args.json)
+
+
+def startup(argv: Sequence[str]) -> int:
+    parse = parser(
+        "bench startup",
+        "What it takes to import the package and to answer quick commands, beside import torch.",
+        "bench startup --repeats 3",
+        "bench startup --repeats 21 --json",
+    )
+    parse.add_argument("--repeats", type=int, default=7, metavar="N", help="rounds (default: 7)")
+    parse.add_argument("--json", action="store_true", help="one JSON object in place of the table")
+    args = parse.parse_args(argv)
+    if args.repeats < 1:
+        raise UsageError(f"--repeats must be at least 1, got {args.repeats}")
+    from ..measure.startup import startup
+
+    return _printed(startup(args.repeats), args.json)
+
+
+def gpu(argv: Sequence[str]) -> int:
+    parse = parser(
+        "bench gpu",
+        "What concerns a GPU: the tests (of a checkout), training steps beside dense ones, topology updates; at most "
+        "9 minutes, the table last.",
+        "bench gpu --out runs/cuda",
+        "bench gpu --compiled",
+    )
+    add = parse.add_argument
+    add("--tiny", action="store_true", help="small networks, few tests; also without CUDA")
+    add("--compiled", action="store_true", help="only training steps, all networks by torch.compile")
+    add("--itop", type=Path, metavar="DIR", help="checkout of ITOP, to time its host beside ours")
+    add("--out", type=Path, default=Path("runs/cuda"), metavar="DIR", help="folder of the results (default: runs/cuda)")
+    args = parse.parse_args(argv)
+    import torch
+
+    from ..measure import checks
+    from ..measure.published import itop_file
+
+    if not args.tiny and not torch.cuda.is_available():
+        raise UsageError("this torch sees no CUDA device; allowed without one is --tiny")
+    if args.itop:
+        itop_file(args.itop)
+    wanted = checks.Wanted(args.out.resolve(), args.tiny, args.compiled, args.itop)
+    wanted.out.mkdir(parents=True, exist_ok=True)
+    print(checks.as_text(checks.run(wanted, lambda line: print(line, file=sys.stderr, flush=True))))
+    print(f"\nJSON: {wanted.file}")
+    return 0
+
+
+BENCHMARKS: dict[str, Callable[[Sequence[str]], int]] = {
+    "step": step, "sweep": sweep, "update": update, "inference": inference, "gpu": gpu, "startup": startup,
+}  # fmt: skip
+
+
+def _about_the_network(parse: flags.Parser, density: bool = True) -> None:
+    add = parse.add_argument
     add("--model", default="resnet34", metavar="NAME", help="network (default: resnet34)")
     add("--classes", type=int, default=100, metavar="N", help="its outputs (default: 100)")
-    if argv[0] == "step":
-        add("--batch-size", type=int, default=128, metavar="N", help="images of 3x32x32 a step (default: 128)")
-        add(
-            "--masks",
-            default="connected",
-            choices=["connected", "random", "trained"],
-            help="drawn connected, drawn at random (ERK), or those of 20 updates into a RigL run (default: connected)",
-        )
-        add("--activation", metavar="NAME", help="in place of every ReLU, undiluted, e.g. dyrelu-b (default: ReLU)")
-    add("--density", type=float, default=0.0005, metavar="X", help="active share of the weights (default: 0.0005)")
+    add("--width", type=int, metavar="N", help="channels of its stem (default: its own)")
+    add("--image-size", type=int, default=32, metavar="N", help="pixels of an image's side (default: 32)")
+    if density:
+        add("--density", type=float, default=0.0005, metavar="X", help="active share of the weights (default: 0.0005)")
+
+
+def _masks(parse: flags.Parser, default: str) -> argparse.Action:
+    return parse.add_argument(
+        "--masks",
+        default=default,
+        choices=MASKS,
+        help="drawn connected, or ERK (also called random); trained: 20 updates into a RigL run from ERK's, "
+        f"connected-trained: from connected ones (default: {default})",
+    )
+
+
+def _about_the_timing(parse: flags.Parser, repeats: int) -> None:
+    add = parse.add_argument
     add("--growth", default="gradient", metavar="NAME", help="growth rule (default: gradient)")
-    rounds = 3 if argv[0] == "step" else 15
-    add("--repeats", type=int, default=rounds, metavar="N", help=f"rounds (default: {rounds})")
+    add("--repeats", type=int, default=repeats, metavar="N", help=f"rounds (default: {repeats})")
     add("--threads", type=int, metavar="N", help="CPU threads (default: PyTorch's choice)")
     add("--device", default="cpu", metavar="NAME", help="cpu, cuda, ... (default: cpu)")
     add("--itop", type=Path, metavar="DIR", help="checkout of ITOP, to time its host beside ours")
     add("--json", action="store_true", help="one JSON object in place of the table")
-    args = parser.parse_args(argv[1:])
-    for name in ("repeats", "threads", "classes", "batch_size"):
+
+
+def _parsed(parse: flags.Parser, argv: Sequence[str]) -> argparse.Namespace:
+    """The flags, checked; threads and memory are as they say."""
+    args = parse.parse_args(argv)
+    for name in ("repeats", "threads", "classes", "batch_size", "width", "image_size"):
         value = getattr(args, name, None)
         if value is not None and value < 1:
             raise UsageError(f"--{name.replace('_', '-')} must be at least 1, got {value}")
+    import torch
+
+    from ..ops import memory
+    from ..training import runs
+
     runs.device(args.device)
     if args.threads:
         torch.set_num_threads(args.threads)
     if args.device == "cpu":
         memory.keep_freed()  # as in training; for all candidates
-    run = update if argv[0] == "update" else importlib.import_module("east_plugins.measure.step").step
-    result = run(args)
-    print(json.dumps(result) if args.json else as_text(result))
+    return args
+
+
+def _subject(args: argparse.Namespace) -> Subject:
+    """The network that flags describe."""
+    import dataclasses
+
+    from ..measure.networks import Subject
+
+    given = {name: value for name, value in vars(args).items() if name in {f.name for f in dataclasses.fields(Subject)}}
+    if given.get("masks") == "random":
+        given["masks"] = "ERK"
+    return Subject(**given)
+
+
+def _printed(result: dict[str, Any], as_json: bool) -> int:
+    from ..measure import timing
+
+    print(json.dumps(result) if as_json else timing.as_text(result))
     return 0
 
 
-_HELP = {
-    "step": "Whole training steps, dense, masked as ITOP does it, and with our sparse engine (SGD, momentum, weight "
-    "decay); then the hosts' step() alone.",
-    "update": "A topology update of our host against the dense model's optimizer.step().",
-}
+def _numbers(text: str) -> list[float]:
+    try:
+        return [float(item) for item in text.split(",")]
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text} must be numbers, as in 0.001,0.01") from None
 
 
-def update(args: Namespace) -> dict[str, Any]:
-    """`host.truncate_weights()` from fresh dense gradients (ratio update_over_optimizer)."""
-    dense, ours = Subject(args), Subject(args)
-    host = ours.masked_by(Masking, growth_mode=args.growth, death_rate=0.5)
-    host.step()  # gives optimizer state and running averages their tensors
-    ours.draw_gradients()
-    candidates = {"optimizer": dense.optimizer.step, "host": host.truncate_weights}
-    if args.itop:
-        candidates["itop"] = itop_host(args).truncate_weights
-    rows = interleaved(candidates, args.repeats, torch.device(args.device))
-    names = {"update_over_optimizer": ("host", "optimizer"), "itop_over_optimizer": ("itop", "optimizer")}
-    return report(rows, names)
-
-
-class Subject:
-    """A network with gradients and an optimizer that has run once."""
-
-    def __init__(self, args: Namespace):
-        torch.manual_seed(0)
-        self.args = args
-        self.model = models.build(args.model, args.classes).to(args.device)
-        self.optimizer = torch.optim.SGD(self.model.parameters(), lr=1e-6, momentum=0.9, weight_decay=1e-4)
-        self.draw_gradients()
-        self.optimizer.step()
-
-    def draw_gradients(self) -> None:
-        for parameter in self.model.parameters():
-            parameter.grad = torch.randn_like(parameter)
-
-    def masked_by(self, host_class: Callable, **kwargs):
-        host = host_class(self.optimizer, redistribution_mode="none", **kwargs)
-        host.add_module(self.model, density=self.args.density, sparse_init="ERK")
-        assert len(maskable(self.model)) == len(host.masks)
-        return host
-
-
-def itop_core(checkout: Path):
-    """ITOP's module of hosts, from a checkout; silent, on a machine without CUDA too."""
-    file = checkout / "sparselearning" / "core.py"
-    if not file.is_file():
-        raise UsageError(f"--itop {checkout} is no checkout of ITOP: it has no sparselearning/core.py")
-    spec = importlib.util.spec_from_file_location("itop_core", file)
-    core = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(core)
-    core.print = lambda *args: None
-    if not torch.cuda.is_available():
-        torch.Tensor.cuda = lambda tensor, *args, **kwargs: tensor
-    return core
-
-
-def itop_host(args: Namespace):
-    """ITOP's own host with the same network and gradients."""
-    core, subject = itop_core(args.itop), Subject(args)
-    itop_args = Namespace(fix=False, update_frequency=sys.maxsize)
-    decay = core.CosineDecay(0.5, 1000)
-    return subject.masked_by(
-        core.Masking, growth_mode=args.growth, death_rate=0.5, args=itop_args, death_rate_decay=decay
-    )
+def _integers(text: str) -> list[int]:
+    try:
+        return [int(item) for item in text.split(",")]
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text} must be whole numbers, as in 1,64") from None

@@ -39,7 +39,7 @@ TEMPLATE = """\
 #include <stdint.h>
 
 void {name}_run(const float *input, float *output);
-
+{about}
 static float arena[{arena}];
 
 static const int32_t integers[{n_integers}] = {{
@@ -109,8 +109,8 @@ class Step(NamedTuple):
     floats: list[float]
 
 
-def write_c(network: Compact, name: str) -> CFile:
-    """The C file that defines `void NAME_run(const float *input, float *output)`."""
+def write_c(network: Compact, name: str, about: str = "") -> CFile:
+    """The C file that defines `void NAME_run(const float *input, float *output)`; `about` is C text for its head."""
     layouts = _layouts(network)
     address = _place(network, layouts)
     steps = {plane: _steps(plane, layouts, address) for plane in network.planes}
@@ -129,6 +129,7 @@ def write_c(network: Compact, name: str) -> CFile:
     shapes = network.graph.input_shape, network.graph.output_shape
     text = TEMPLATE.format(
         name=name,
+        about=about,
         taps=sum(len(plane.taps) for plane in network.planes),
         inputs=math.prod(shapes[0]),
         outputs=math.prod(shapes[1]),
@@ -224,7 +225,7 @@ def _steps(plane: Plane, layouts: dict[Pair, Layout], address: dict[Plane, int])
         short = len(taps) % TAPS_AT_ONCE  # goes first, so that few kernels are needed that add
         starts = [0] * bool(short or not taps) + list(range(short, len(taps), TAPS_AT_ONCE))
         passes += [(row, stride, taps[i:j]) for i, j in itertools.pairwise([*starts, len(taps)])]
-    steps = []
+    steps: list[Step] = []
     for row, stride, taps in passes:
         kernel = Kernel("add" if steps else "sum", out.shape, out.row, len(taps), (1, 1), row, stride)
         bias = [] if steps else [plane.bias]

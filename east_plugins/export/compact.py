@@ -168,8 +168,9 @@ class _Builder:
         kept = [tap for tap in merged.values() if tap.weight != 0]
         plane = Plane(self.shape, bias=bias, taps=kept, floor=floor)
         if all(tap.source.values is not None for tap in kept):
-            values = np.full(self.shape, bias)
+            values: np.ndarray = np.full(self.shape, bias)
             for tap in kept:
+                assert tap.source.values is not None
                 values += tap.weight * window(tap.source.values, self.shape, tap.stride, tap.offset)
             plane.values = np.maximum(values, floor)
             if plane.number is not None:
@@ -196,6 +197,7 @@ class _Builder:
             yield self.sum(0.0 if bias is None else float(bias[o]), taps[o])
 
     def affine(self, sources: list[Plane], single: bool):
+        assert self.node.bias is not None
         for plane, scale, shift in zip(sources, self.node.weight.tolist(), self.node.bias.tolist(), strict=True):
             yield self.scaled(plane, scale, shift, single)
 

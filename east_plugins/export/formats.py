@@ -13,35 +13,48 @@ from ..errors import UsageError
 from .c import CFile, write_c
 from .compact import compact, too_dense
 from .graph import trace
+from .interface import Interface
 from .onnx import write_onnx
 from .onnx_dense import dense_onnx
 from .safetensors import read_safetensors
 
 logger = logging.getLogger(__name__)
 
+LONG = 10_000  # steps an epoch, of files that do not say how many: all that a run can hold fits into them
 
-def to_c(model: nn.Module, masks: Mapping[str, Tensor], input_shape: Sequence[int], name: str = "network") -> CFile:
+
+def to_c(
+    model: nn.Module,
+    masks: Mapping[str, Tensor],
+    input_shape: Sequence[int],
+    name: str = "network",
+    about: Interface | None = None,
+) -> CFile:
     """The network as a C99 file that defines `void NAME_run(const float *input, float *output)`.
 
-    `masks` go by parameter name, weights without one are dense; `input_shape` leaves out the batch. Raises
-    `UsageError` for a layer that is not supported, a network that is not sparse, or a name that C does not allow.
+    `masks` go by parameter name, weights without one are dense; `input_shape` leaves out the batch. With `about`, the
+    file has the constants `NAME_mean`, `NAME_deviation` and `NAME_labels`, too. Raises `UsageError` for a layer that is
+    not supported, a network that is not sparse, or a name that C does not allow.
     """
     if not re.fullmatch(r"[A-Za-z_]\w*", name, re.ASCII):
-        raise UsageError(f"--name {name!r} cannot begin a name in C: letters, digits and underscores are allowed")
-    return write_c(compact(trace(model, masks, input_shape)), name)
+        raise UsageError(f"`name` {name!r} cannot begin a name in C: letters, digits and underscores are allowed")
+    return write_c(compact(trace(model, masks, input_shape)), name, about.in_c(name) if about else "")
 
 
-def to_onnx(model: nn.Module, masks: Mapping[str, Tensor], input_shape: Sequence[int]) -> bytes:
+def to_onnx(
+    model: nn.Module, masks: Mapping[str, Tensor], input_shape: Sequence[int], about: Interface | None = None
+) -> bytes:
     """The network as an ONNX file with input `input` and output `output`, for batches of any size.
 
-    What form a layer takes is measured with onnxruntime on this machine. A network that is not sparse is left dense,
-    with a warning that names its layers. Raises as `to_c`, and `MissingExtraError`.
+    `about` becomes metadata of the file. What form a layer takes is measured with onnxruntime on this machine.
+    A network that is not sparse is left dense, with a warning that names its layers. Raises as `to_c`, and
+    `MissingExtraError`.
     """
-    graph = trace(model, masks, input_shape)
+    graph, metadata = trace(model, masks, input_shape), about.metadata() if about else None
     if reason := too_dense(graph):
         logger.warning("%s; the ONNX file is left dense", reason)
-        return dense_onnx(graph)
-    return write_onnx(compact(graph, chain=False))
+        return dense_onnx(graph, metadata)
+    return write_onnx(compact(graph, chain=False), metadata)
 
 
 def load_sparse(path: str | Path, model: nn.Module | None = None) -> tuple[nn.Module, dict[str, Tensor]]:
@@ -52,12 +65,13 @@ def load_sparse(path: str | Path, model: nn.Module | None = None) -> tuple[nn.Mo
     """
     state, masks, network = read_safetensors(path)
     if model is None:
-        from ..options import config
+        from ..options import sources
         from ..training import runs
 
         if "config" not in network:
             raise UsageError(f"{path} does not say which network it is of: pass the model to load_sparse")
-        options = config.from_flags({key.replace("-", "_"): value for key, value in network["config"].items()})
+        asked = sources.from_flags({key.replace("-", "_"): value for key, value in network["config"].items()})
+        options = asked.resolve(network.get("steps_per_epoch", LONG))
         model = runs.build_model(options, network["classes"], tuple(network["input_shape"]))
     try:
         model.load_state_dict(state)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -18,7 +18,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from ..errors import UsageError
-from ..plugins.transform.dct import materialize
+from ..plugins.activation.phased import OFF, PhasedActivation
+from ..plugins.transform.dct import DCTLayer, materialize
+from .unwrapped import unwrapped
 
 SUPPORTED = (
     "1d and 2d convolution, linear, batch norm, ReLU, max and average pooling, addition, arithmetic with constants, "
@@ -39,7 +41,7 @@ class Node:
     name: str
     inputs: tuple[Node, ...]
     shape: tuple[int, int, int]
-    weight: np.ndarray | None = None
+    weight: np.ndarray = field(default_factory=lambda: np.zeros(0))
     bias: np.ndarray | None = None
     kernel: Pair = (1, 1)
     stride: Pair = (1, 1)
@@ -73,18 +75,20 @@ def trace(model: nn.Module, masks: Mapping[str, Tensor], input_shape: Sequence[i
 
 
 def masked_copy(model: nn.Module, masks: Mapping[str, Tensor]) -> nn.Module:
-    """A copy in evaluation mode, in float32 on the CPU, its inactive weights zero and DCT layers made plain.
+    """A copy in evaluation mode, in float32 on the CPU, its inactive weights zero and DCT layers made plain; of a
+    wrapped model that of the network inside.
 
-    Raises `UsageError` where activations are still being phased out.
+    Raises `UsageError` where activations are still being phased out, and for masks as `unwrapped`.
     """
-    if any(getattr(module, "phase", "off") != "off" for module in model.modules()):
-        raise UsageError("export needs a network whose activations are phased out: train past --east-dyrelu-end")
+    model, masks = unwrapped(model, masks)
+    if any(isinstance(module, PhasedActivation) and module.phase != OFF for module in model.modules()):
+        raise UsageError("export needs a network whose activations are phased out: train past `east_dyrelu_end`")
     model = copy.deepcopy(model).cpu().float().eval()
     parameters = dict(model.named_parameters(remove_duplicate=False))
     with torch.no_grad():
         for name, mask in masks.items():
             parameters[name].masked_fill_(~mask.cpu(), 0)
-    if any(getattr(module, "east_dct", False) for module in model.modules()):
+    if any(isinstance(module, DCTLayer) for module in model.modules()):
         materialize(model)
     return model
 
@@ -284,7 +288,8 @@ class _Tracer(TorchDispatchMode):
 
 def _planes(shape: Sequence[int]) -> tuple[int, int, int]:
     channels, *space = shape[1:]
-    return (channels, *[1] * (2 - len(space)), *space)
+    height, width = [1] * (2 - len(space)) + space
+    return channels, height, width
 
 
 def _pair(value: int | Sequence[int], line: int) -> Pair:

@@ -12,7 +12,7 @@ import functools
 import itertools
 import time
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
@@ -24,7 +24,7 @@ BLOCK = 16  # channels that onnxruntime's convolutions take at a time
 TRIALS = 15
 
 
-def write_onnx(network: Compact) -> bytes:
+def write_onnx(network: Compact, metadata: Mapping[str, str] | None = None) -> bytes:
     """The ONNX file of a network made by `compact(graph, chain=False)`, for batches of any size."""
     writer = _Writer(network.graph)
     variable = [plane for plane in network.planes if plane.values is None]
@@ -35,7 +35,7 @@ def write_onnx(network: Compact) -> bytes:
         for (kind, *_), planes in alike.items():
             {"input": writer.input, "sum": writer.fastest, "max": writer.max, "mean": writer.mean}[kind](planes)
     writer.output(network.output)
-    return writer.content({"input": network.graph.input_shape}, {"output": network.graph.output_shape})
+    return writer.content({"input": network.graph.input_shape}, {"output": network.graph.output_shape}, metadata)
 
 
 class _Writer(Model):
@@ -109,10 +109,11 @@ class _Writer(Model):
 
     def fastest(self, planes: list[Plane]) -> None:
         """Sums, in the form that is measured fastest."""
-        layout, blocked = planes, False
+        layout: list[Plane | None] = list(planes)
+        blocked = False
         if len(planes) > BLOCK and len({tap.source for plane in planes for tap in plane.taps}) > BLOCK:
             dense, sparse = self.milliseconds((planes, False), (_blocks(planes), True))
-            layout, blocked = (planes, False) if dense < sparse else (_blocks(planes), True)
+            layout, blocked = (layout, False) if dense < sparse else (_blocks(planes), True)
         self.note(self.sum(layout, blocked), layout, planes[0].shape)
 
     def milliseconds(self, *forms: tuple[Sequence[Plane | None], bool]) -> list[float]:
@@ -127,7 +128,7 @@ class _Writer(Model):
             content = model.content(read, {name: (len(layout), *shape)})
             feed = {n: np.ones((1, *shape), np.float32) for n, shape in read.items()}
             sessions.append((session(content), feed))
-        times = [[] for _ in forms]
+        times: list[list[float]] = [[] for _ in forms]
         for _ in range(TRIALS):
             for (run, feed), measured in zip(sessions, times, strict=True):
                 began = time.perf_counter()
@@ -144,7 +145,7 @@ class _Writer(Model):
         passed: list[Tap | None] = []
         added: dict[tuple[str, Pair], list[tuple[int, Tap]]] = defaultdict(list)
         for i, plane in enumerate(layout):
-            taps = variable.get(plane, [])
+            taps = [] if plane is None else variable[plane]
             tap = next((tap for tap in taps if _aligned(tap, shape) and (pointwise or tap.weight == 1)), None)
             passed.append(tap)
             for other in taps:
@@ -153,11 +154,11 @@ class _Writer(Model):
         bias = np.stack([np.zeros(shape) if plane is None else _constant_part(plane) for plane in layout])
         if (bias == bias[:, :1, :1]).all():
             bias = bias[:, :1, :1]
-        terms = []
-        for (name, stride), taps in added.items():
+        terms: list[str] = []
+        for (name, stride), group in added.items():
             first = bias[:, 0, 0] if not terms and bias.shape[1:] == (1, 1) else None
             make = self.grouped if blocked else self.dense
-            terms.append(make(name, stride, taps, (len(layout), *shape), first))
+            terms.append(make(name, stride, group, (len(layout), *shape), first))
             bias = np.zeros(1) if first is not None else bias
         if any(passed):
             name = self.rows([tap and tap.source for tap in passed])

@@ -2,29 +2,33 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 from .graph import Graph, Node
 from .onnx_model import Model
 
 
-def dense_onnx(graph: Graph) -> bytes:
+def dense_onnx(graph: Graph, metadata: Mapping[str, str] | None = None) -> bytes:
     """The ONNX file of a network as it is, inactive weights included, for batches of any size."""
     model = Model()
     names: dict[Node, str] = {}
     for node in graph.nodes:
         names[node] = _add(model, node, [names[source] for source in node.inputs])
     model.op("Reshape", names[graph.output], model.constant([-1, *graph.output_shape]), name="output")
-    return model.content({"input": graph.input_shape}, {"output": graph.output_shape})
+    return model.content({"input": graph.input_shape}, {"output": graph.output_shape}, metadata)
 
 
 def _add(model: Model, node: Node, inputs: list[str]) -> str:
     pads = [*node.padding, *node.padding]
-    window = dict(kernel_shape=node.kernel, strides=node.stride)
+    window: dict[str, Any] = dict(kernel_shape=node.kernel, strides=node.stride)
     match node.op:
         case "input":
             return model.op("Reshape", "input", model.constant([-1, *node.shape]))
         case "conv":
             return model.conv(inputs[0], node.weight, node.stride, pads, node.groups, node.bias, node.dilation)
         case "affine":
+            assert node.bias is not None
             unit = [model.constant(values) for values in (node.weight, node.bias, 0 * node.bias, 0 * node.bias + 1)]
             return model.op("BatchNormalization", inputs[0], *unit, epsilon=0.0)
         case "relu":

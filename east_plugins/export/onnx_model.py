@@ -56,7 +56,12 @@ class Model:
         self.constants.append(self.onnx.numpy_helper.from_array(np.ascontiguousarray(values), name))
         return name
 
-    def content(self, inputs: Mapping[str, Sequence[int]], outputs: Mapping[str, Sequence[int]]) -> bytes:
+    def content(
+        self,
+        inputs: Mapping[str, Sequence[int]],
+        outputs: Mapping[str, Sequence[int]],
+        metadata: Mapping[str, str] | None = None,
+    ) -> bytes:
         """The file; shapes are given without the batch, which is free."""
         helper, float32 = self.onnx.helper, self.onnx.TensorProto.FLOAT
         values = [
@@ -67,6 +72,7 @@ class Model:
         opset = [helper.make_opsetid("", OPSET)]
         model = helper.make_model(graph, opset_imports=opset, ir_version=IR_VERSION)
         model.producer_name, model.producer_version = "east_plugins", __version__
+        helper.set_model_props(model, dict(metadata or {}))
         self.onnx.checker.check_model(model)
         return model.SerializeToString()
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import MissingExtraError, UsageError
+from .unwrapped import unwrapped
 
 FORMAT = "east_plugins sparse 1"
 VALUES, GAPS = ".values", ".gaps"
@@ -22,10 +23,15 @@ def to_safetensors(model: nn.Module, masks: Mapping[str, Tensor], metadata: Mapp
 
     A masked weight NAME is two tensors: NAME.values, the active values in their order in memory, and NAME.gaps, for
     each of them the inactive ones before it, as the least unsigned integer type that holds them all. All other
-    tensors lie there as they are. `metadata`, of JSON types, is kept with the file.
+    tensors lie there as they are. `metadata`, of JSON types, is kept with the file. Of a wrapped model it is the file
+    of the network inside. Raises `UsageError` for masks as `unwrapped`.
     """
+    model, masks = unwrapped(model, masks)
     state = model.state_dict(keep_vars=True)
-    tensors, shapes, aliases, names = {}, {}, {}, {}
+    tensors: dict[str, Tensor] = {}
+    shapes: dict[str, list[int]] = {}
+    aliases: dict[str, str] = {}
+    names: dict[int, str] = {}
     for name, tensor in state.items():
         first = names.setdefault(id(tensor), name)
         tensor = tensor.detach().cpu().contiguous()

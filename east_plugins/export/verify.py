@@ -81,7 +81,7 @@ def compile_c(file: CFile, path: Path, flags: Sequence[str]) -> Path:
     """Compile a C file to `path`; raises `UsageError` where there is no compiler."""
     compiler = next(filter(None, map(shutil.which, ("cc", "gcc", "clang"))), None)
     if compiler is None:
-        raise UsageError("--format c needs a C compiler to check the file with: none of cc, gcc and clang is installed")
+        raise UsageError("a C file needs a C compiler to check the file with: none of cc, gcc and clang is installed")
     source = path.with_suffix(".c")
     source.write_text(file.text)
     done = subprocess.run([compiler, *flags, str(source), "-o", str(path), "-lm"], capture_output=True, text=True)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -14,24 +14,27 @@ from ..plugins.protocols import Layer
 from . import legacy
 
 
-def bound(kind: str, spec: str | Callable, host: Any) -> tuple[str, Callable[[Layer, int], Tensor], set[str]]:
+def bound(
+    kind: str, spec: str | Callable[..., Any], host: Any, options: Mapping[str, Any] | None = None
+) -> tuple[str, Callable[[Layer, int], Tensor], set[str]]:
     """Name of a rule, the rule as a function of layer and count, and what it needs of the layer ("grad", "momentum").
+
+    `options` are the rule's own, where it is given by name.
 
     Raises `UnknownNameError` for an unknown name and `UsageError` for what is no function; the function raises
     `UsageError` for an answer that is not one score a weight (redistribution: one number).
     """
     if isinstance(spec, str):
         entry = registry.BY_KIND[kind].entry(spec)
-        name, function, meta = entry.name, entry.object, entry.meta
+        name, function, meta = entry.name, entry.bound(options), entry.meta
     else:
-        name, function, meta = getattr(spec, "__name__", str(spec)), spec, getattr(spec, "east_meta", {})
+        name, function, meta = getattr(spec, "__name__", type(spec).__name__), spec, getattr(spec, "east_meta", {})
     if not callable(function):
         raise UsageError(f"{kind} rule {name} must be a function, is {type(function).__name__}")
     if legacy.is_legacy(kind, function):
         rule, needs = legacy.adapt(kind, function, host), {"grad", "momentum"}
     else:
-        options = {option: getattr(host, option) for option in meta.get("options", ())}
-        rule, needs = (lambda layer, count: function(layer, **options)), set(meta.get("needs", ()))
+        rule, needs = (lambda layer, count: function(layer)), set(meta.get("needs", ()))
 
     def checked(layer: Layer, count: int) -> Tensor:
         answer = rule(layer, count)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -13,68 +13,98 @@ from ..ops.counts import apportion
 from ..plugins import registry
 from ..plugins.allocation.layerwise import budgets, random_mask
 from ..plugins.allocation.position import places
+from .layers import block_names
+
+
+class _Matrix(Protocol):
+    """A weight that is masked, or chosen to be."""
+
+    weight: nn.Parameter
+    blocks: int
+
+
+def blocks(weights: Mapping[str, _Matrix]) -> dict[str, Tensor]:
+    """Every matrix that has a budget of its own, by its name."""
+    found: dict[str, Tensor] = {}
+    for name, each in weights.items():
+        found.update(zip(block_names(name, each.blocks), each.weight.detach().chunk(each.blocks), strict=True))
+    return found
+
+
+def draw(
+    allocation: Allocation,
+    model: nn.Module,
+    weights: Mapping[str, _Matrix],
+    wanted: float,
+    total: int,
+    input_shape: Sequence[int] | None,
+    generator: torch.Generator,
+) -> dict[str, Tensor]:
+    """Boolean masks of the weights, `total` active ones over all; raises as `Allocation.draw`."""
+    drawn = allocation.draw(model, blocks(weights), wanted, total, input_shape, generator)
+    return {name: torch.cat([drawn[key] for key in block_names(name, each.blocks)]) for name, each in weights.items()}
 
 
 class Allocation:
-    """A registered allocation, for one model.
-
-    `options` are keyword arguments of an allocation that draws; `budgets` among them names the allocation that gives
-    each layer its number, by default the one that it was registered with. Raises `UsageError` for options that the
-    allocation does not have.
-    """
+    """A registered allocation, for one model. `share` is what gives every layer its number; for an allocation that
+    draws masks that is another one."""
 
     def __init__(self, name: str, options: Mapping[str, Any] | None = None):
-        self.name, self.options = name, dict(options or {})
-        self.meta = registry.allocation.entry(name).meta
-        base = self.options.pop("budgets", None)
-        if options and not (self.meta.get("draws") and "budgets" in self.meta):
-            raise UsageError(f"--sparse-init {name} has no options; connected has --connected-budgets and -width")
-        self._base = base or (self.meta.get("budgets", "ERK") if self.meta.get("draws") else name)
-        self._by_place = bool(registry.allocation.entry(self._base).meta.get("places"))
-        if base and registry.allocation.entry(base).meta.get("draws"):
-            raise UsageError(
-                f"--connected-budgets {base} draws masks of its own; allowed are ERK, EPL, first-blocks, ..."
-            )
-        self.drawn: dict[str, int] | None = None  #: active weights that scores or positions gave the layers at first
+        entry = registry.allocation.entry(name)
+        self.name, self.meta, self.rule = name, entry.meta, entry.bound(options)
+        share = registry.allocation.entry(getattr(self.rule, "budgets", "ERK")) if self.meta.get("draws") else entry
+        self._share = share.bound() if share is not entry else self.rule
+        self._counts, self._by_place = (bool(share.meta.get(name)) for name in ("counts", "places"))
+        self.drawn: dict[str, int] | None = None  #: active weights of the layers at first, where they set their shares
         self._budgets: tuple[tuple, dict[str, int]] | None = None
 
     def draw(
         self,
         model: nn.Module,
         weights: Mapping[str, Tensor],
+        wanted: float,
         total: int,
         input_shape: Sequence[int] | None,
         generator: torch.Generator,
     ) -> dict[str, Tensor]:
-        """Boolean masks of the weights with `total` active ones over all; raises `UsageError` where an input's shape
-        is needed and None."""
-        if self._by_place and input_shape is None:
-            raise UsageError(f"--sparse-init {self.name} needs add_module(..., input_shape=(channels, height, width))")
+        """Boolean masks of the weights with `total` active ones over all, which is `wanted` as a whole number; raises
+        `UsageError` where an input's shape is needed and None."""
+        if input_shape is None and (self.follows or self._by_place):
+            raise UsageError(f"`sparse_init` {self.name} needs add_module(..., input_shape=(channels, height, width))")
         if self._by_place:
+            assert input_shape is not None
             shapes = {name: weight.shape for name, weight in weights.items()}
-            self.take(budgets(self._base, shapes, total, places(model, shapes, input_shape)))
-        counts = self.budgets(weights, total)
+            self.take(budgets(self._share, shapes, total, places(model, shapes, input_shape)))
+        counts = self.budgets(weights, wanted, total, start=True)
         if not self.meta.get("draws"):
             return {name: random_mask(weight.shape, counts[name], generator) for name, weight in weights.items()}
-        if input_shape is None:
-            raise UsageError(f"--sparse-init {self.name} needs add_module(..., input_shape=(channels, height, width))")
-        masks = registry.allocation.get(self.name)(model, counts, input_shape, generator, **self.options)
+        masks = self.rule(model, counts, input_shape, generator)
         if self.meta.get("keeps_counts"):  # the scores, not the allocation, gave the layers their shares
             self.take({name: int(mask.sum()) for name, mask in masks.items()})
         return masks
+
+    @property
+    def follows(self) -> bool:
+        """Whether masks are drawn along the network."""
+        return bool(self.meta.get("draws")) and self.meta.get("needs_input", True)
 
     def take(self, drawn: dict[str, int] | None) -> None:
         """Give every layer its share of these counts from here on."""
         self.drawn, self._budgets = drawn, None
 
-    def budgets(self, weights: Mapping[str, Tensor], total: int) -> dict[str, int]:
-        """Active weights of every layer, `total` over all."""
-        if self._budgets is None or self._budgets[0] != (total, *weights):
-            self._budgets = (total, *weights), self._computed(weights, total)
+    def budgets(self, weights: Mapping[str, Tensor], wanted: float, total: int, start: bool = False) -> dict[str, int]:
+        """Active weights of every layer: `total` over all, but for an allocation that says itself what it makes of
+        `wanted`; `start`: in the masks that training begins with."""
+        key = (wanted, total, start, *weights)
+        if self._budgets is None or self._budgets[0] != key:
+            self._budgets = key, self._computed(weights, wanted, total, start)
         return self._budgets[1]
 
-    def _computed(self, weights: Mapping[str, Tensor], total: int) -> dict[str, int]:
+    def _computed(self, weights: Mapping[str, Tensor], wanted: float, total: int, start: bool) -> dict[str, int]:
+        shapes = {name: tuple(weight.shape) for name, weight in weights.items()}
         if self.drawn is not None:
             sizes = [weight.numel() for weight in weights.values()]
             return dict(zip(weights, apportion([self.drawn[name] for name in weights], total, 1, sizes), strict=True))
-        return budgets(self._base, {name: weight.shape for name, weight in weights.items()}, total)
+        if self._counts:
+            return {name: max(1, count) for name, count in self._share(shapes, wanted, start).items()}
+        return budgets(self._share, shapes, total)

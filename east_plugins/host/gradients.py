@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, MutableMapping
 
 import torch
 from torch import Tensor
@@ -73,7 +73,7 @@ def _at_once(grads: Mapping[str, Tensor]) -> bool:
 
 
 @torch.no_grad()
-def accumulate(averages: dict[str, Tensor], grads: Mapping[str, Tensor], factor: float) -> None:
+def accumulate(averages: MutableMapping[str, Tensor], grads: Mapping[str, Tensor], factor: float) -> None:
     """`average = factor * average + grad` in place, by name; an average that is missing starts at zero."""
     for name, grad in grads.items():
         if name not in averages:

@@ -1,19 +1,13 @@
-"""The rest of ITOP's call surface, so that a script changes one import and runs: decays, flags, names."""
+"""The rest of ITOP's call surface, so that a script changes one import and runs: its decays and its flags."""
 
 from __future__ import annotations
 
-import logging
 import math
+from collections.abc import Callable
 from typing import Any
 
-from torch import Tensor, nn
-
 from ..errors import UsageError
-from ..ops.maskable import unwrap
-from ..ops.select import fetch
 from ..plugins.rate import Cosine
-
-logger = logging.getLogger(__name__)
 
 
 class CosineDecay:
@@ -23,7 +17,7 @@ class CosineDecay:
     """
 
     def __init__(self, death_rate: float, T_max: int, eta_min: float = 0.005, last_epoch: int = -1):
-        self._rate = Cosine(death_rate, T_max, eta_min)
+        self._rate: Callable[[int], float] = Cosine(death_rate, T_max, eta_min)
         self.steps = max(0, last_epoch)
 
     def step(self) -> None:
@@ -51,62 +45,6 @@ class LinearDecay(CosineDecay):
             raise UsageError(f"LinearDecay needs rate and factor in [0, 1], got {death_rate} and {factor}")
         self._rate = lambda step: death_rate * math.pow(factor, step // frequency)
         self.steps = 0
-
-
-class Surface:
-    """What ITOP's and sparse_learning's scripts and rules call on a masking besides our host's own methods."""
-
-    def remove_weight_partial_name(self, partial_name: str) -> None:
-        """Stop masking every weight whose name contains `partial_name`."""
-        for name in [name for name in self.masks if partial_name in name]:
-            self.remove_weight(name)
-
-    def remove_type(self, nn_type: type[nn.Module]) -> None:
-        """Stop masking the weights of every module of class `nn_type`."""
-        for name, module in unwrap(self.modules[0]).named_modules():
-            if isinstance(module, nn_type) and f"{name}.weight" in self.masks:
-                self.remove_weight(f"{name}.weight")
-
-    def fired_masks_update(self) -> tuple[dict[str, float], float]:
-        """Share of weights active at least once so far: per layer, and of all maskable ones of the unshared network, as
-        the density counts them (the ITOP rate)."""
-        for name in self.masks:
-            mask = self._mask(name)  # first: brings both to the weight's device
-            self.fired_masks[name] |= mask
-        counts = fetch([mask.sum().view(1) for mask in self.fired_masks.values()])
-        fired = {name: int(count) for name, count in zip(self.fired_masks, counts, strict=True)}
-        shares = {name: count / self.masks[name].numel() for name, count in fired.items()}
-        return shares, sum(fired.values()) / self.theoretical_size
-
-    def print_nonzero_counts(self) -> None:
-        """Log every layer's active weights (level INFO of this module's logger)."""
-        for name, count in self.name2nonzeros.items():
-            logger.info("%s: %d active, density %.6f", name, count, count / self.masks[name].numel())
-
-    def get_momentum_for_weight(self, weight: Tensor) -> Tensor:
-        return self._momentum[self._name_of(weight)]
-
-    def get_gradient_for_weights(self, weight: Tensor) -> Tensor:
-        return self._layer(self._name_of(weight)).grad.clone()
-
-    @property
-    def names(self) -> list[str]:
-        return list(self.masks)
-
-    @property
-    def name2zeros(self) -> dict[str, int]:
-        return {name: mask.numel() - self.name2nonzeros[name] for name, mask in self.masks.items()}
-
-    @property
-    def prune_rate(self) -> float:
-        return self.death_rate
-
-    @property
-    def name2prune_rate(self) -> dict[str, float]:
-        return dict.fromkeys(self.masks, self.death_rate)
-
-    def _name_of(self, weight: Tensor) -> str:
-        return next(name for name, ours in self.weights.items() if ours is weight)
 
 
 def add_sparse_args(parser: Any) -> None:

@@ -35,13 +35,18 @@ def adapt(kind: str, function: Callable, host: Any) -> Callable[[Layer, int], Te
     """A rule `(layer, count) -> score` around an old function; `count` is the number to be grown."""
 
     def grow(layer: Layer, count: int) -> Tensor:
-        grown = function(host, layer.name, layer.mask.clone(), count, host.weights[layer.name])
+        grown = function(host, layer.name, layer.mask.clone(), count, _weight(layer, host))
         return (grown.bool() & ~layer.mask).float()
 
     def prune(layer: Layer, count: int) -> Tensor:
-        return function(host, layer.mask.clone(), host.weights[layer.name], layer.name).bool().float()
+        return function(host, layer.mask.clone(), _weight(layer, host), layer.name).bool().float()
 
     def redistribute(layer: Layer, count: int) -> Tensor:
-        return function(host, layer.name, host.weights[layer.name], layer.mask)
+        return function(host, layer.name, _weight(layer, host), layer.mask)
 
     return {"growth": grow, "pruning": prune, "redistribution": redistribute}[kind]
+
+
+def _weight(layer: Layer, host: Any) -> Tensor:
+    """The parameter; of a block, which is none of its own, its values."""
+    return host.weights.get(layer.name, layer.weight)

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
-import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -13,29 +13,29 @@ from torch import Tensor, nn
 
 from ..errors import UsageError
 from ..ops import distributed
-from ..ops.active import Active, ActiveSets
-from ..ops.maskable import layers, maskable, modules_of, theoretical_size, unwrap
-from ..ops.select import fetch
-from ..plugins.allocation.connected import reconnect
-from ..plugins.density import Constant, check_density
-from ..plugins.protocols import Layer
-from . import topology
-from .binding import bound
+from ..ops.maskable import modules_of, unwrap
+from ..plugins.protocols import HostPlugin
+from . import presets
+from .books import Books
 from .budgets import Allocation
-from .gradients import MaskedGradients, accumulate, all_finite
-from .itop import Surface
-from .optimizer_state import momentum_factor, state_names, state_tensors
+from .choice import Exclude
+from .gradients import accumulate, all_finite
+from .layers import Column, MaskedWeight
+from .norms import gradient_norm
+from .optimizer_state import holds, momentum_factor, state_names
+from .pace import Pace
 from .packed import PackedState
+from .scaling import unscale
+from .start import Start
+from .stepping import Stepping
+from .updating import RuleSet, Updates
 from .values import sparse_fan_in
+from .watch import Stepped, attend
 
 logger = logging.getLogger(__name__)
 
-#: Layers of a smaller active share are stepped packed on the CPU; all others dense with masked gradients, which on an
-#: accelerator costs fewer operations and keeps a CUDA graph of a step valid when the topology changes.
-PACK_BELOW = 0.1
 
-
-class Masking(Surface):
+class Masking(Books, Pace):
     """Sparse training host with ITOP's call surface: exact counts, any device, any registered rule.
 
         mask = Masking(optimizer, death_rate=0.5, death_mode="magnitude", growth_mode="gradient",
@@ -61,9 +61,11 @@ class Masking(Surface):
         schedule: density schedule; by default the density given to `add_module`, constant.
         prune_scope: "local" (every layer drops its own share) or "global" (a falling density drops the least important
             weights over all layers).
+        prune_rounding: "floor" or, as in ITOP, "ceil": the share of a layer that is replaced as a whole number.
         keep_connected: keep grown and kept weights on input-to-output paths (needs `input_shape`).
         seed: seed of all random choices; by default torch's initial seed, without drawing from it.
         plugins: callables run with the host at the end of every step, for example phased activations.
+        options: options of plugins that are given by name: kind (`growth`, `pruning`, ...) to option to value.
     """
 
     def __init__(
@@ -81,54 +83,58 @@ class Masking(Surface):
         update_frequency: int | None = 100,
         schedule: Any = None,
         prune_scope: str = "local",
+        prune_rounding: str = "floor",
         keep_connected: bool = False,
         seed: int | None = None,
-        plugins: Sequence[Callable[[Masking], None]] = (),
+        plugins: Sequence[HostPlugin] = (),
+        options: Mapping[str, Mapping[str, Any]] | None = None,
     ):
+        frequency = None if getattr(args, "fix", False) else getattr(args, "update_frequency", update_frequency)
+        Books.__init__(self)
+        Pace.__init__(self, schedule, frequency, death_rate, death_rate_decay)
         if growth_death_ratio != 1.0:
             raise UsageError(f"growth_death_ratio must be 1 (counts are exact), got {growth_death_ratio}")
-        if prune_scope not in ("local", "global"):
-            raise UsageError(f"--prune-scope must be local or global, got {prune_scope!r}")
-        if not 0 <= death_rate <= 1:
-            raise UsageError(f"--death-rate must be in [0, 1], got {death_rate}")
         state_names(optimizer)  # raises for an optimizer whose state is unknown
-        self.optimizer = optimizer
-        self.death_rate = death_rate
-        self.death_rate_decay = death_rate_decay
-        self.schedule = schedule
+        self.threshold, self.args = threshold, args
         self.keep_connected = keep_connected
-        self.threshold = threshold
-        self.args = args
         self.plugins = list(plugins)
-        self.steps = 0
-        self._put_off = False  # an update, from a step that a scaler skipped
-        self.prune_every_k_steps = getattr(args, "update_frequency", update_frequency)
-        if getattr(args, "fix", False):
-            self.prune_every_k_steps = None
-
-        self.growth_mode, grow, self.needs = bound("growth", growth_mode, self)
-        self.death_mode, prune, needs = bound("pruning", death_mode, self)
-        self.needs |= needs
-        self.redistribution_mode, redistribute = "none", None
-        if redistribution_mode != "none":
-            self.redistribution_mode, redistribute, needs = bound("redistribution", redistribution_mode, self)
-            self.needs |= needs
-        self._rules = topology.Rules(grow, prune, redistribute, prune_scope)
+        self.engine: Any = None  #: the sparse engine, where one is attached
+        self.reads_dense_gradients = False  #: whether the script reads inactive weights' gradients at every step
+        self._options = {kind: dict(values) for kind, values in (options or {}).items()}
+        if death_mode == "threshold":
+            self._options.setdefault("pruning", {}).setdefault("threshold", threshold)
+        self._asked = growth_mode, death_mode, redistribution_mode, prune_scope, prune_rounding
+        self._bind_rules()
 
         seed = torch.initial_seed() if seed is None else seed
         self.generator = torch.Generator().manual_seed(distributed.from_rank_0(seed) % 2**63)
-        self.masks: dict[str, Tensor] = {}
-        self.fired_masks: dict[str, Tensor] = {}
-        self.weights: dict[str, nn.Parameter] = {}
-        self.name2nonzeros: dict[str, int] = {}
-        self.num_remove: dict[str, int] = {}
-        self.modules: list[nn.Module] = []
+        self._stepping = Stepping(optimizer, self._records)
+        self._stepped = Stepped()
+        self._in_step = False
+
+        # what add_module finds
+        self.density, self.sparse_init = 0.0, ""
         self.input_shape: tuple[int, ...] | None = None
-        self._momentum: dict[str, Tensor] = {}
-        self._active = ActiveSets()
-        self.packed = PackedState(optimizer)
-        self._masked_gradients = MaskedGradients()
-        self.engine: Any = None  #: the sparse engine, where one is attached
+        self._built: Updates | None = None
+
+    def _bind_rules(self) -> None:
+        self._rules = RuleSet(*self._asked, host=self, options=self._options)
+        self.growth_mode, self.death_mode, self.redistribution_mode = self._rules.names
+        self.needs = self._rules.needs
+
+    @classmethod
+    def of(
+        cls,
+        method: str,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        *,
+        steps: int,
+        density: float | None = None,
+        **settings: Any,
+    ) -> Masking:
+        """The host of a method of `train`, its tricks applied to the model: see `host.presets.of`."""
+        return presets.of(cls, method, model, optimizer, steps=steps, density=density, **settings)
 
     # ------------------------------------------------------------------ building
 
@@ -138,85 +144,66 @@ class Masking(Surface):
         density: float = 0.05,
         sparse_init: str = "ERK",
         *,
+        exclude: Exclude | Iterable[Exclude] = (),
         input_shape: Sequence[int] | None = None,
         weight_init: str = "default",
-        allocation_options: Mapping[str, Any] | None = None,
     ) -> None:
-        """Mask all conv and linear weights of `module` at `density` of its theoretical (unshared) size.
+        """Mask the matrices of `module` that are trained, at `density` of their theoretical (unshared) size: weights
+        of convolutions, linear and bilinear layers, embeddings, recurrent layers (each gate) and attention (each of
+        q, k and v). Frozen weights are left as they are, and count nowhere.
 
         Args:
-            density: active share of the unshared network's maskable weights, in (0, 1].
+            density: active share of the unshared network's masked weights, in (0, 1].
             sparse_init: allocation: ERK, ER, uniform, EPL, EPF, connected, ..., a registered name.
+            exclude: what is left dense: names of parameters or modules, patterns (`layer4.*`), modules, classes.
             input_shape: (channels, height, width) of one input, for `connected` and `keep_connected`.
             weight_init: `default` keeps the values, `sparse-fan-in` redraws them for the active fan-in.
-            allocation_options: of `connected`: `budgets`, the allocation that gives each layer its number, and `width`.
 
-        Raises `UsageError` for a second module (wrap both in one `nn.ModuleDict`), a density out of range, or one
-        too small to give every layer a weight.
+        Raises `UsageError` for a second module (wrap both in one `nn.ModuleDict`), a density out of range, one too
+        small to give every layer a weight, and for layers whose weights cannot be masked.
         """
-        check_density(density)
         if self.modules:
             raise UsageError("add_module takes one module; wrap several in an nn.ModuleDict")
         if weight_init not in ("default", "sparse-fan-in"):
-            raise UsageError(f"--weight-init must be default or sparse-fan-in, got {weight_init!r}")
-        model = unwrap(module)
-        weights = maskable(model)
-        if not weights:
-            raise UsageError("the model has no conv or linear weights to mask")
-        if self.keep_connected and input_shape is None:
-            raise UsageError("keep_connected needs add_module(..., input_shape=(channels, height, width))")
-        schedule = self.schedule or Constant(density, self.prune_every_k_steps)
-        if not math.isclose(schedule.target, density):
-            raise UsageError(f"--density {density:g} differs from the schedule's target {schedule.target:g}")
-        if not {id(p) for group in self.optimizer.param_groups for p in group["params"]} & {*map(id, weights.values())}:
-            raise UsageError("the optimizer has none of the model's conv and linear weights: is it another model's?")
-        shape = None if input_shape is None else tuple(input_shape)
-        size = theoretical_size(model)
-        final, room = round(density * size), sum(weight.numel() for weight in weights.values())
-        allocation = Allocation(sparse_init, allocation_options)
-        drawn = allocation.draw(model, weights, _wanted(schedule, 0, final, room), shape, self.generator)
-        self.density, self.sparse_init, self.schedule, self.input_shape = density, sparse_init, schedule, shape
-        self.weights, self.modules, self.theoretical_size, self._final = weights, [module], size, final
-        self._allocation = allocation
-        masks = distributed.from_rank_0(drawn)
-        self._set_masks({name: mask.to(weights[name].device) for name, mask in masks.items()})
+            raise UsageError(f"`weight_init` must be default or sparse-fan-in, got {weight_init!r}")
+        schedule = self._frequency if self.schedule is None else self.schedule
+        allocation = Allocation(sparse_init, self._options.get("allocation"))
+        start = Start.of(
+            module, density, allocation, exclude, input_shape, schedule, self.keep_connected, self.optimizer
+        )
+        masks = start.masks(self.generator)
+        self.density, self.sparse_init = start.density, sparse_init
+        self.schedule, self.input_shape = start.schedule, start.shape
+        self.modules, self.theoretical_size, self._frozen = [module], start.size, start.frozen
+        connected = (start.model, start.shape) if self.keep_connected and start.shape is not None else None
+        self._built = Updates(self._records, allocation, start.size, start.final, self.generator, connected)
+        for name, each in start.chosen.items():
+            self._records[name] = MaskedWeight(name, each.weight, masks[name], each.blocks, each.uses)
         if weight_init == "sparse-fan-in":
-            sparse_fan_in(weights, self.masks, self.generator, modules_of(model))
+            sparse_fan_in(self.weights, self.masks, self.generator, modules_of(start.model))
         self.apply_mask()
-        logger.info("%s of %s weights active (density %g)", self.nonzeros, self.theoretical_size, density)
-
-    @property
-    def nonzeros(self) -> int:
-        """Number of active weights, from the host's own books: no device synchronisation."""
-        return sum(self.name2nonzeros.values())
-
-    @property
-    def dense_gradient_next(self) -> bool:
-        """Whether the next step has a topology update by a rule that scores with the dense gradient."""
-        return "grad" in self.needs and self._due_next
-
-    @property
-    def _due_next(self) -> bool:
-        return self._put_off or self.schedule.due(self.steps + 1)
-
-    def target_nonzeros(self, step: int) -> int:
-        """Active weights that the schedule asks for at `step`: exactly `density(step) / target` times the count
-        at the target, within what the (possibly shared) tensors can hold and one weight a layer."""
-        return _wanted(self.schedule, step, self._final, sum(weight.numel() for weight in self.weights.values()))
+        attend(self)
+        logger.info("%s of %s weights active (density %g)", self.nonzeros, start.size, start.density)
 
     def remove_weight(self, name: str) -> None:
         """Stop masking the weight called `name` or `name.weight`; it trains densely from here on.
 
         The other layers keep their budgets, the removed one's goes with it. Raises `UsageError` for an unknown name.
         """
-        name = name if name in self.masks else f"{name}.weight"
-        if name not in self.masks:
-            raise UsageError(f"remove_weight: {name!r} is not masked; known: {', '.join(self.masks)}")
-        self._final -= self._allocation.budgets(self.weights, self._final)[name]
-        uses = sum(module.weight is self.weights[name] for _, module in layers(unwrap(self.modules[0])))
-        self.theoretical_size -= uses * self.weights[name].numel()
-        for table in (self.masks, self.fired_masks, self.weights, self.name2nonzeros, self._momentum):
-            table.pop(name, None)
+        name = self._full(name)
+        self._updates.forget(name)
+        super().remove_weight(name)
+
+    @property
+    def dense_gradient_next(self) -> bool:
+        """Whether the next step has a topology update by a rule that scores with the dense gradient, or the script
+        reads it."""
+        return self.reads_dense_gradients or ("grad" in self.needs and self._due_next)
+
+    def target_nonzeros(self, step: int) -> int:
+        """Active weights that the schedule asks for at `step`: exactly `density(step) / target` times the count
+        at the target, within what the (possibly shared) tensors can hold and one weight a layer."""
+        return sum(self._updates.budgets_at(self.schedule, step).values())
 
     # ------------------------------------------------------------------ stepping
 
@@ -226,107 +213,138 @@ class Masking(Surface):
         `closure` is handed to the optimizer; `scaler` is a `torch.amp.GradScaler` (call its `update()` yourself,
         as ever). Returns what the optimizer's step returns.
         """
-        if not self.modules:
-            raise UsageError("step: call add_module(model, density=...) first")
+        self._module("step")
+        self._stepped.check("host", self.optimizer)
         if scaler is not None:
-            scaler.unscale_(self.optimizer)
+            unscale(scaler, self.optimizer)
         due = self._due_next
-        if due and scaler is not None and not all_finite(self._gradients().values()):
+        if due and scaler is not None and not all_finite(self._stepping.gradients().values()):
             due, self._put_off = False, True  # the scaler skips this step, whose gradients say nothing
-        elif due:
-            self._put_off = False
-        dense: dict[str, Tensor] = {}
-        with contextlib.ExitStack() as stack:
-
-            def prepare() -> None:
-                self._track_momentum(skip_infinite=scaler is not None)
-                sets, masked = self._split()
-                if due and "grad" in self.needs:
-                    dense.update({name: self.weights[name].grad.clone() for name in masked})
-                self._mask_gradients(masked)
-                stack.enter_context(self.packed.stepping(sets))
-
-            def prepared_closure():
-                loss = closure()
-                prepare()
-                return loss
-
+        prepared = functools.partial(self._prepared, due, scaler is not None)
+        self._in_step = True
+        try:
             if closure is not None:
-                result = self.optimizer.step(prepared_closure)
+                result = self._stepping.with_closure(closure, prepared)
             else:
-                prepare()
-                result = self.optimizer.step() if scaler is None else scaler.step(self.optimizer)
-        self.steps += 1
-        self._decay_rate()
-        if due:
-            for name, grad in dense.items():
-                self.weights[name].grad = grad
-            self.truncate_weights()
-            self.print_nonzero_counts()
-            self._mask_gradients(dense)
-        for plugin in self.plugins:
-            plugin(self)
-        if self.engine is not None:
-            self.engine.stepped()
+                with prepared():
+                    result = self.optimizer.step() if scaler is None else scaler.step(self.optimizer)
+        finally:
+            self._in_step = False
+        self._finish(due, "host")
         return result
 
-    @torch.no_grad()
-    def apply_mask(self) -> None:
-        """Set inactive weights and their optimizer state to zero; needed only after somebody else changed them."""
-        for name, weight in self.weights.items():
-            mask = self._mask(name)
-            for tensor in (weight, *state_tensors(self.optimizer, weight)):
-                tensor.masked_fill_(~mask, 0)
-            self.packed.move(weight, self.active(name))
-        self._masked_gradients.follow(self.masks)
+    def _prepared(self, due: bool, skip_infinite: bool) -> contextlib.AbstractContextManager:
+        """Around the optimizer's step. `skip_infinite`: a scaler may skip it because of gradients that overflowed."""
+        self._track_momentum(skip_infinite)
+        return self._stepping.prepared(due and "grad" in self.needs, self.engine)
 
-    @torch.no_grad()
+    def _track_momentum(self, skip_infinite: bool) -> None:
+        if "momentum" in self.needs:
+            grads = self._stepping.gradients()
+            if skip_infinite:
+                grads = {name: grad.nan_to_num(0, 0, 0) for name, grad in grads.items()}
+            accumulate(Column(self._records, "momentum"), grads, momentum_factor(self.optimizer))
+
+    def _finish(self, due: bool, by: str) -> None:
+        """All that follows the optimizer's step."""
+        self._count_step()
+        if due:
+            self._put_off = False
+            with self._stepping.dense_gradients():
+                self.truncate_weights()
+                self.print_nonzero_counts()
+        for plugin in self.plugins:
+            plugin(self)
+        self._tell_unfrozen()
+        self._stepping.left(updated=due)
+        self._stepped.note(by, self.optimizer)
+        if self.engine is not None:
+            self.engine.stepped()
+
+    def before_step_of(self, optimizer: torch.optim.Optimizer) -> None:
+        """Called before every step of any optimizer that is not made by `step()`."""
+        if optimizer is self.optimizer and not self._in_step:
+            self._stepped.check("optimizer", optimizer)
+            self.packed.unpack()
+
+    def after_step_of(self, optimizer: torch.optim.Optimizer) -> None:
+        """Called after it. A step of the host's own optimizer is taken as one of the host's, the update included;
+        after one of another optimizer the weights that it holds are masked."""
+        if self._in_step:
+            return
+        if optimizer is not self.optimizer:
+            return self._stepping.mask_after(optimizer)
+        due = self._due_next
+        self._track_momentum(skip_infinite=False)
+        self.apply_mask()
+        self._finish(due, "optimizer")
+
+    @property
+    def optimizer(self) -> torch.optim.Optimizer:
+        """The optimizer that `step()` steps. Another one can be set at any time; it begins with the state it has."""
+        return self._stepping.optimizer
+
+    @optimizer.setter
+    def optimizer(self, optimizer: torch.optim.Optimizer) -> None:
+        state_names(optimizer)
+        if self._records and not holds(optimizer, self.weights.values()):
+            raise UsageError("optimizer: it has none of the masked weights; is it another model's?")
+        copies = self.packed.copies
+        self.packed.unpack()
+        self._stepping = Stepping(optimizer, self._records)
+        self.packed.copies = copies
+        self.apply_mask()
+
+    def apply_mask(self) -> None:
+        """Set inactive weights and their optimizer state to zero. Every step does so by itself where somebody else
+        wrote to them."""
+        self._stepping.mask(self._records.values())
+
     def truncate_weights(self) -> None:
         """One topology update at the current step: prune, redistribute, grow; counts are exact afterwards.
 
         Gradient rules need the dense gradient: call it after `backward()`, or leave it to `step()`. Raises
         `UsageError` where the gradients were masked by a step already.
         """
-        self._check_dense_gradients()
-        layers = [self._layer(name) for name in self.masks]
-        old = [self.active(name) for name in self.masks]
-        before = [layer.mask.clone() for layer in layers] if self.keep_connected else []
-        budgets = self._allocation.budgets(self.weights, self.target_nonzeros(self.steps))
-        counts = topology.update(
-            layers,
-            self._rules,
-            [active.flat for active in old],
-            [budgets[name] for name in self.masks],
-            self.death_rate if getattr(self.schedule, "replaces", True) else 0.0,
-            self.generator,
-        )
-        if self.keep_connected:
-            self._reconnect(layers, before)
-        gone = [~layer.mask.view(-1)[active.flat] for layer, active in zip(layers, old, strict=True)]
-        numbers = fetch([each.sum().view(1) for each in gone])
-        for layer, active, dropped, number, count in zip(layers, old, gone, numbers, counts, strict=True):
-            self.name2nonzeros[layer.name] = count
-            self.num_remove[layer.name] = int(number)
-            self.fired_masks[layer.name] |= layer.mask
-            weight = self.weights[layer.name]
-            for tensor in (layer.weight, *state_tensors(self.optimizer, weight)):
-                active.drop(tensor, dropped)
-            self.packed.move(weight, self.active(layer.name))
-        self._masked_gradients.follow(self.masks)
+        budgets = self._updates.budgets_at(self.schedule, self.steps)
+        if "grad" in self.needs:
+            self._stepping.check_dense(self.engine)
+        self._updates.update(self._rules, budgets, self._rate_now, self._stepping)
+
+    def gradient_norm(self, of: str = "active", norm_type: float = 2.0) -> Tensor:
+        """Norm of all gradients of the model as one vector: `of` the "active" weights (and what is not masked), or of
+        "all", as a published script's own clipping counts them. The same with and without a sparse engine."""
+        if of == "all" and self.engine is not None and any(map(self.engine.holds_gradient, self._records)):
+            raise UsageError(
+                "the norm of all gradients needs dense ones, and the engine gave those of active weights only; "
+                "set mask.reads_dense_gradients = True before the first step"
+            )
+        return gradient_norm(unwrap(self._module("gradient_norm")).parameters(), self._records, of, norm_type)
+
+    def clip_grad_norm_(self, max_norm: float, of: str = "active", norm_type: float = 2.0) -> Tensor:
+        """`torch.nn.utils.clip_grad_norm_` for the model, by `gradient_norm`; returns that norm, before clipping.
+
+        Call it after `backward()` (with a gradient scaler, after `scaler.unscale_(optimizer)`).
+        """
+        norm = self.gradient_norm(of, norm_type)
+        torch.nn.utils.clip_grads_with_norm_(unwrap(self.modules[0]).parameters(), max_norm, norm)
+        return norm
 
     # ------------------------------------------------------------------ state
 
     def state_dict(self) -> dict[str, Any]:
         """Masks, fired weights, step, random state and running averages: all that a resumed run needs."""
+        self._module("state_dict")
+        decay = self.death_rate_decay
         return {
             "masks": dict(self.masks),
             "fired_masks": dict(self.fired_masks),
-            "momentum": dict(self._momentum),
+            "momentum": dict(Column(self._records, "momentum")),
             "steps": self.steps,
             "put_off": self._put_off,
-            "death_rate": self.death_rate,
-            "decay": self.death_rate_decay.state_dict() if hasattr(self.death_rate_decay, "state_dict") else None,
-            "drawn": self._allocation.drawn,
+            "death_rate": self.prune_rate,
+            "decay": decay.state_dict() if hasattr(decay, "state_dict") else None,
+            "drawn": self.allocation.drawn,
             "generator": self.generator.get_state(),
         }
 
@@ -335,115 +353,81 @@ class Masking(Surface):
 
         Raises `UsageError` where the state's layers are not this model's.
         """
+        self._module("load_state_dict")
+        if missing := {"masks", "steps"} - set(state):
+            raise UsageError(f"load_state_dict: this is no host's state, it has no {' and no '.join(sorted(missing))}")
         masks = state["masks"]
         if wrong := set(masks) ^ set(self.masks) or {n for n in masks if masks[n].shape != self.masks[n].shape}:
             raise UsageError(f"the saved masks do not fit the model; layers that differ: {', '.join(sorted(wrong))}")
-        self._set_masks(masks)
-        for name, fired in state["fired_masks"].items():
-            self.fired_masks[name].copy_(fired)
-        self._momentum = {n: m.to(self.weights[n].device, copy=True) for n, m in state["momentum"].items()}
-        if state["decay"] is not None:
+        fired, averages = state.get("fired_masks", {}), state.get("momentum", {})
+        for name, record in self._records.items():
+            record.mask.copy_(masks[name])
+            record.fired.copy_(fired.get(name, record.mask))
+            record.momentum = averages[name].to(record.weight.device, copy=True) if name in averages else None
+        if state.get("decay") is not None:
             self.death_rate_decay.load_state_dict(state["decay"])
         elif hasattr(self.death_rate_decay, "get_dr"):  # ITOP's own classes only count
             for _ in range(state["steps"] - self.steps):
                 self.death_rate_decay.step()
-        self._allocation.take(state["drawn"])
-        self.steps, self.death_rate, self._put_off = state["steps"], state["death_rate"], state["put_off"]
-        self.generator.set_state(state["generator"].cpu())
+        self.allocation.take(state.get("drawn"))
+        self.steps, self._put_off = state["steps"], state.get("put_off", False)
+        self.prune_rate = state.get("death_rate", self.prune_rate)
+        if "generator" in state:
+            self.generator.set_state(state["generator"].cpu())
         self.apply_mask()
+
+    def __getstate__(self) -> dict[str, Any]:
+        self.packed.unpack()
+        left_out = ("_rules", "_stepping", "_stepped", "engine")
+        return {name: value for name, value in vars(self).items() if name not in left_out} | {"_by": self.optimizer}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        optimizer = state.pop("_by")
+        vars(self).update(state)
+        self.engine, self._stepped = None, Stepped()
+        self._bind_rules()
+        self._stepping = Stepping(optimizer, self._records)
+        self._stepping.left()
+        attend(self)
+
+    # ------------------------------------------------------------------ ITOP's and sparse_learning's names
+
+    @property
+    def name2prune_rate(self) -> dict[str, float]:
+        return dict.fromkeys(self._records, self.prune_rate)
+
+    def at_end_of_epoch(self) -> None:
+        """sparse_learning's update once an epoch, for `prune_every_k_steps = None`."""
+        self.truncate_weights()
+        self.print_nonzero_counts()
+
+    def truncate_weights_GMP(self, epoch: int) -> None:
+        raise UsageError(
+            "truncate_weights_GMP: pass Masking(..., schedule=Gradual(density, initial=1.0, start=..., stop=..., "
+            "frequency=...)); step() prunes by it"
+        )
+
+    def get_momentum_for_weight(self, weight: Tensor) -> Tensor:
+        return Column(self._records, "momentum")[self._name_of(weight)]
+
+    def get_gradient_for_weights(self, weight: Tensor) -> Tensor:
+        (layer,) = self._records[self._name_of(weight)].seen(self.generator, {"grad"}, False)
+        return layer.grad.clone()
 
     # ------------------------------------------------------------------ inside
 
-    def _set_masks(self, masks: dict[str, Tensor]) -> None:
-        for name, mask in masks.items():
-            if name in self.masks:
-                self.masks[name].copy_(mask)
-            else:
-                self.masks[name] = mask.bool()
-                self.fired_masks[name] = self.masks[name].clone()
-            self.name2nonzeros[name] = int(mask.sum())
+    @property
+    def packed(self) -> PackedState:
+        """The optimizer's state of weights that are stepped packed."""
+        return self._stepping.packed
 
-    def active(self, name: str) -> Active:
-        """Positions of a layer's active weights."""
-        return self._active.of(name, self._mask(name), self.name2nonzeros[name])
+    @property
+    def allocation(self) -> Allocation:
+        """How active weights are shared out over the layers."""
+        return self._updates.allocation
 
-    def _mask(self, name: str) -> Tensor:
-        """The mask, on the device that the weight is on by now."""
-        weight = self.weights[name]
-        if self.masks[name].device != weight.device:
-            self.masks[name] = self.masks[name].to(weight.device)
-            self.fired_masks[name] = self.fired_masks[name].to(weight.device)
-        return self.masks[name]
-
-    def _split(self) -> tuple[dict[nn.Parameter, Active | None], list[str]]:
-        """The active set of each weight with a gradient, None where it is stepped densely, and the names of those
-        whose gradients are to be masked for that."""
-        sets, masked = {}, []
-        for name, weight in self.weights.items():
-            if weight.grad is None:
-                continue
-            count, size = self.name2nonzeros[name], weight.numel()
-            packed = count < PACK_BELOW * size and weight.device.type == "cpu"
-            sets[weight] = self.active(name) if packed else None
-            if not packed and count < size and not (self.engine and self.engine.masks_gradient(name)):
-                masked.append(name)
-        return sets, masked
-
-    def _mask_gradients(self, names: Iterable[str]) -> None:
-        masks = {name: self._mask(name) for name in names}
-        self._masked_gradients.mask({name: self.weights[name].grad for name in masks}, masks)
-
-    def _check_dense_gradients(self) -> None:
-        for name, weight in self.weights.items():
-            masked = self._masked_gradients.has_masked(name, weight.grad)
-            if "grad" in self.needs and (masked or (self.engine and self.engine.holds_gradient(name))):
-                raise UsageError(
-                    f"truncate_weights: the gradient of {name} was masked by step() already; "
-                    "call it after backward() and before step(), or use update_frequency"
-                )
-
-    def _gradients(self) -> dict[str, Tensor]:
-        return {name: weight.grad for name, weight in self.weights.items() if weight.grad is not None}
-
-    def _track_momentum(self, skip_infinite: bool) -> None:
-        """`skip_infinite`: a scaler may skip this step because of gradients that overflowed."""
-        if "momentum" in self.needs:
-            grads = self._gradients()
-            if skip_infinite:
-                grads = {name: grad.nan_to_num(0, 0, 0) for name, grad in grads.items()}
-            accumulate(self._momentum, grads, momentum_factor(self.optimizer))
-
-    def _decay_rate(self) -> None:
-        decay = self.death_rate_decay
-        if hasattr(decay, "get_dr"):
-            decay.step()
-            self.death_rate = decay.get_dr()
-        elif decay is not None:
-            self.death_rate = decay(self.steps)
-
-    def _layer(self, name: str) -> Layer:
-        weight = self.weights[name]
-        grad, momentum = weight.grad, self._momentum.get(name)
-        return Layer(
-            name=name,
-            weight=weight.detach(),
-            mask=self._mask(name),
-            fired=self.fired_masks[name],
-            generator=self.generator,
-            dense_grad=None if grad is None or "grad" not in self.needs else distributed.mean(grad),
-            dense_momentum=None if momentum is None else distributed.mean(momentum),
-        )
-
-    def _reconnect(self, layers: list[Layer], before: list[Tensor]) -> None:
-        """Bring what an update left off path back onto paths, by importance and by growth score."""
-        scores = {
-            layer.name: torch.where(layer.mask | mask, self._rules.prune(layer, 0), self._rules.grow(layer, 0))
-            for layer, mask in zip(layers, before, strict=True)
-        }
-        old = {layer.name: mask for layer, mask in zip(layers, before, strict=True)}
-        reconnect(unwrap(self.modules[0]), self.masks, old, scores, self.input_shape, self.generator)
-
-
-def _wanted(schedule: Any, step: int, final: int, room: int) -> int:
-    """Active weights at a step, from those at the schedule's target and what there is room for."""
-    return min(round(final * (schedule.density(step) / schedule.target)), room)
+    @property
+    def _updates(self) -> Updates:
+        if self._built is None:
+            raise UsageError("call add_module(model, density=...) first")
+        return self._built

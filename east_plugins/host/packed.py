@@ -34,14 +34,15 @@ class Copies:
         return torch.cat([active.values(tensor) for active, tensor in zip(self.sets, tensors, strict=True)])
 
     def write(self, tensors: Sequence[Tensor], values: Tensor) -> None:
-        whole = []
+        whole, parts = [], []
         for active, tensor, part in zip(self.sets, tensors, values.split(self.sizes), strict=True):
             if isinstance(active, All):
-                whole.append((tensor, part.view(active.shape)))
+                whole.append(tensor)
+                parts.append(part.view(active.shape))
             else:
                 active.put(tensor, part)
         if whole:
-            torch._foreach_copy_(*map(list, zip(*whole, strict=True)))
+            torch._foreach_copy_(whole, parts)
 
 
 class PackedState:
@@ -58,17 +59,20 @@ class PackedState:
         self.optimizer = optimizer
         self.copies = Copies  #: how active values are read and written; an engine knows a faster way
         self._states: dict[nn.Parameter, tuple[Active | All, State]] = {}
+        self.written: list[nn.Parameter] = []  #: whose active values somebody else changed since the last step
+        self.loaded = False  #: whether the optimizer's state was loaded since this was last set to False
+        self._left: dict[nn.Parameter, Tensor] = {}
         self._planned_for: list = []
         self._plan: list[tuple[list[_Vector], list[nn.Parameter]]] = []
         optimizer.register_state_dict_post_hook(self._dense_state_dict)
-        optimizer.register_load_state_dict_post_hook(lambda optimizer: self._forget())
+        optimizer.register_load_state_dict_post_hook(self._forget)
 
     @contextlib.contextmanager
     def stepping(self, sets: Mapping[nn.Parameter, Active | None]) -> Iterator[None]:
         """Inside, parameters with an active set are parts of a vector; those with None are dense. All of them have
         gradients."""
         groups = self.optimizer.param_groups
-        given = [(id(p), p.grad is None, p.dtype) for group in groups for p in group["params"]]
+        given: list[Any] = [(id(p), p.grad is None, p.dtype) for group in groups for p in group["params"]]
         given += [self.copies, *map(id, sets), *map(id, sets.values())]
         if given != self._planned_for:
             present = {parameter for group in groups for parameter in group["params"]}
@@ -89,7 +93,7 @@ class PackedState:
         vectors: dict[tuple, dict[nn.Parameter, tuple[Active | All, State]]] = {}
         small = any(active is not None for active in sets.values())
         for parameter in parameters:
-            active = sets.get(parameter)
+            active: Active | All | None = sets.get(parameter)
             if parameter not in sets and small and _is_small(parameter):
                 active = All(parameter.shape)
             if active is None:
@@ -97,6 +101,9 @@ class PackedState:
                 dense.append(parameter)
             else:
                 state = self._packed_state(parameter, active)
+                left = self._left.pop(parameter, None)
+                if left is not None and not torch.equal(left, active.values(parameter.detach())):
+                    self.written.append(parameter)
                 kind = parameter.device, parameter.dtype, _age(state)
                 vectors.setdefault(kind, {})[parameter] = active, state
         return [_Vector(parts, self.copies) for parts in vectors.values()], dense
@@ -104,6 +111,7 @@ class PackedState:
     @contextlib.contextmanager
     def _as_vectors(self, vectors: list[_Vector], dense: list[nn.Parameter], group: dict[str, Any]) -> Iterator[None]:
         wholes = [vector.whole() for vector in vectors]
+        self.written += [parameter for vector in vectors if vector.written for parameter in vector.parameters]
         before = {"params": group["params"]} | ({"foreach": None} if vectors and _may_use_foreach(group) else {})
         group["params"] = wholes + dense
         if "foreach" in before:  # many small tensors: one call for all of them
@@ -143,7 +151,18 @@ class PackedState:
         if parameter in self._states:
             self.optimizer.state[parameter] = _spread(parameter, *self._states.pop(parameter))
 
-    def _forget(self) -> None:
+    def unpack(self) -> None:
+        """Give all state back to the optimizer, dense."""
+        for parameter in list(self._states):
+            self._unpack(parameter)
+        self._planned_for.clear()
+
+    def remember(self, sets: Mapping[nn.Parameter, Active]) -> None:
+        """Note the active values as they are, where the next step is planned anew."""
+        self._left = {p: active.values(p.detach()) for p, active in sets.items() if p in self._states}
+
+    def _forget(self, optimizer: torch.optim.Optimizer) -> None:
+        self.loaded = True
         self._states.clear()
         self._planned_for.clear()
 
@@ -170,18 +189,23 @@ class _Vector:
             for name, value in states[0].items()
         }
         self._seen: list[int] = []
+        self._left: Tensor | None = None
+        self.written = False  #: whether the values were others than those that were left, at the last look
 
     @torch.no_grad()
     def whole(self) -> nn.Parameter:
         """The values as they are now, with their gradient."""
-        whole = nn.Parameter(self.copies.read(self.parameters))
-        whole.grad = self.copies.read([parameter.grad for parameter in self.parameters])
+        values = self.copies.read(self.parameters)
+        self.written = self._left is not None and values.is_cpu and not torch.equal(values, self._left)
+        whole = nn.Parameter(values)
+        whole.grad = self.copies.read([parameter.grad for parameter in self.parameters if parameter.grad is not None])
         return whole
 
     @torch.no_grad()
     def put(self, whole: nn.Parameter) -> None:
         """Write the values to where they belong."""
-        self.copies.write(self.parameters, whole.detach())
+        self._left = whole.detach()
+        self.copies.write(self.parameters, self._left)
 
     def states(self) -> dict[nn.Parameter, tuple[Active | All, State]]:
         """The state of every parameter, as views; empty where the tensors are those of the last call."""
@@ -203,7 +227,8 @@ def _has_entries(value: Any) -> bool:
 
 
 def _may_use_foreach(group: Mapping[str, Any]) -> bool:
-    return "foreach" in group and group["foreach"] is None and not group.get("fused")
+    numbers = not any(isinstance(value, Tensor) for value in (group.get("lr"), *group.get("betas", ())))
+    return "foreach" in group and group["foreach"] is None and not group.get("fused") and numbers
 
 
 def _is_small(parameter: nn.Parameter) -> bool:

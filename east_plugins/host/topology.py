@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -19,44 +20,75 @@ class Rules:
 
     `grow` and `prune` return one score a weight, `redistribute` the layer's share of the growth or None for "every
     layer keeps its budget". With `scope` "global" a falling density drops the least important weights of all layers
-    together; what is replaced is each layer's own share (GraNet, Liu et al. 2021, Algorithm 1).
+    together; what is replaced is each layer's own share (GraNet, Liu et al. 2021, Algorithm 1). `whole` makes a whole
+    number of the share that is replaced: `int`, or `math.ceil` as in ITOP.
     """
 
     grow: Callable[[Layer, int], Tensor]
     prune: Callable[[Layer, int], Tensor]
     redistribute: Callable[[Layer, int], Tensor] | None = None
     scope: str = "local"
+    whole: Callable[[float], int] = int
 
 
-def update(
-    layers: Sequence[Layer],
-    rules: Rules,
-    places: Sequence[Tensor],
-    budgets: Sequence[int],
-    rate: float,
-    generator: torch.Generator,
-) -> list[int]:
-    """Prune and grow in place, from the active weights at `places` (flat indices) of each layer; returns each layer's
-    active count afterwards, which sums to `sum(budgets)` exactly.
+@dataclass
+class Change:
+    """What one layer goes through in an update.
 
-    Of the weights that remain at the smaller of the present and the wanted density a share `rate` is replaced;
+    Attributes:
+        layer: as the rules see it; its mask is written to.
+        places: flat indices of the weights that are active at first.
+        budget: active weights that it shall have, where nothing is redistributed.
+        rate: share of its weights that is replaced.
+        importance: of the weights at `places`, on the CPU.
+        base: active weights that remain at the smaller of the present and the wanted density.
+        kept: active weights that are not dropped.
+        count: active weights afterwards.
+    """
+
+    layer: Layer
+    places: Tensor
+    budget: int
+    rate: float
+    importance: Tensor = field(default_factory=lambda: torch.empty(0))
+    base: int = 0
+    kept: int = 0
+    count: int = 0
+
+    @property
+    def active(self) -> int:
+        return len(self.places)
+
+    @property
+    def size(self) -> int:
+        return self.layer.mask.numel()
+
+    @functools.cached_property
+    def fixed(self) -> int:
+        """Active weights that are not to be replaced."""
+        return int(torch.isposinf(self.importance).sum())
+
+
+def update(changes: Sequence[Change], rules: Rules, generator: torch.Generator) -> None:
+    """Prune and grow in place; each layer's active count afterwards is its `count`, and all counts sum to the sum of
+    the budgets exactly.
+
+    Of the weights that remain at the smaller of the present and the wanted density the layer's `rate` is replaced;
     with a rising density more is grown, with a falling one more is dropped. Weights whose importance is `inf` are
     not replaced. Every layer keeps at least one active weight.
     """
-    device = layers[0].mask.device
-    scores = [rules.prune(layer, 0).reshape(-1)[at] for layer, at in zip(layers, places, strict=True)]
-    importance = fetch(scores, None)  # of few weights: the host selects faster than it can ask a device to
-    shares = _shares(rules, layers)
-    keep, after = _counts(importance, budgets, rate, rules.scope, shares, [layer.mask.numel() for layer in layers])
-    drops = [len(at) - kept for at, kept in zip(places, keep, strict=True)]
-    least = together([lowest(score, k, generator) for score, k in zip(importance, drops, strict=True)])
-    for layer, place, dropped in zip(layers, places, upload(least, device), strict=True):
-        layer.mask.view(-1).index_fill_(0, place[dropped.to(place.device)], False)
-    growing = [(layer, count - kept) for layer, kept, count in zip(layers, keep, after, strict=True) if count > kept]
-    best = together([_best(rules, layer, k, generator) for layer, k in growing])
-    for (layer, _), place in zip(growing, best, strict=True):
-        layer.mask.view(-1).index_fill_(0, place, True)
-    return after
+    device = changes[0].layer.mask.device
+    scores = [rules.prune(change.layer, 0).reshape(-1)[change.places] for change in changes]
+    for change, importance in zip(changes, fetch(scores, None), strict=True):
+        change.importance = importance  # of few weights: the host selects faster than it can ask a device to
+    _count(changes, rules)
+    least = together([lowest(change.importance, change.active - change.kept, generator) for change in changes])
+    for change, dropped in zip(changes, upload(least, device), strict=True):
+        change.layer.mask.view(-1).index_fill_(0, change.places[dropped.to(change.places.device)], False)
+    growing = [change for change in changes if change.count > change.kept]
+    best = together([_best(rules, change.layer, change.count - change.kept, generator) for change in growing])
+    for change, place in zip(growing, best, strict=True):
+        change.layer.mask.view(-1).index_fill_(0, place, True)
 
 
 def _best(rules: Rules, layer: Layer, k: int, generator: torch.Generator) -> Selection:
@@ -64,44 +96,70 @@ def _best(rules: Rules, layer: Layer, k: int, generator: torch.Generator) -> Sel
     return (yield from highest(rules.grow(layer, k), k, ~layer.mask, generator))
 
 
-def _shares(rules: Rules, layers: Sequence[Layer]) -> list[float] | None:
+def _shares(rules: Rules, changes: Sequence[Change]) -> list[float] | None:
     """Each layer's share of the growth; None where every layer keeps its budget."""
     if rules.redistribute is None:
         return None
-    found = [torch.as_tensor(rules.redistribute(layer, 0)).detach().view(1) for layer in layers]
+    found = [torch.as_tensor(rules.redistribute(change.layer, 0)).detach().view(1) for change in changes]
     return [max(0.0, float(share)) for share in fetch(found, torch.float64)]
 
 
-def _counts(importance, budgets, rate, scope, shares, sizes) -> tuple[list[int], list[int]]:
-    """Active weights that each layer keeps, from the importance of its active ones, and those it has afterwards."""
-    active, fixed = [len(scores) for scores in importance], [int(torch.isposinf(s).sum()) for s in importance]
-    base, total = min(sum(active), sum(budgets)), sum(budgets)
-    if scope == "global":
-        bases = _most_important(importance, base)
-    elif shares is None:
-        bases = [min(pair) for pair in zip(active, budgets, strict=True)]
+def _count(changes: Sequence[Change], rules: Rules) -> None:
+    """Find how many weights each layer keeps, and how many it has afterwards."""
+    shares = _shares(rules, changes)
+    total = sum(change.budget for change in changes)
+    base = min(sum(change.active for change in changes), total)
+    if shares is not None and rules.scope == "local":
+        _drop_over_all(changes, base, rules.whole)
+        return _grow(changes, shares, total)
+    if rules.scope == "global":
+        _keep_most_important(changes, base)
     else:
-        kept = min(base, max(base - int(rate * base), sum(fixed), len(active)))
-        lower = [max(1, f) for f in fixed] if sum(fixed) + len(active) <= kept else 1
-        keep = apportion(active, kept, lower, active)
-        return keep, _grown(keep, shares, total, sizes)
-    keep = [min(b, max(b - int(rate * b), f)) for b, f in zip(bases, fixed, strict=True)]
+        for change in changes:
+            change.base = min(change.active, change.budget)
+    for change in changes:
+        change.kept = min(change.base, max(change.base - rules.whole(change.rate * change.base), change.fixed))
+        change.count = change.budget
     if shares is not None:
-        return keep, _grown(keep, shares, total, sizes)
-    return keep, _grown(bases, bases, total, sizes) if scope == "global" else list(budgets)
+        _grow(changes, shares, total)
+    elif rules.scope == "global":
+        bases = [change.base for change in changes]
+        for change, more in zip(changes, _room_filled(bases, bases, total, changes), strict=True):
+            change.count = change.base + more
 
 
-def _grown(counts, shares, total, sizes) -> list[int]:
-    """Counts of all layers once they have grown to `total` together, by shares of the growth."""
-    room = [size - count for size, count in zip(sizes, counts, strict=True)]
-    grown = apportion(shares, total - sum(counts), 0, room)
-    return [count + more for count, more in zip(counts, grown, strict=True)]
+def _drop_over_all(changes: Sequence[Change], base: int, whole: Callable[[float], int]) -> None:
+    """A share of the base is dropped over all layers, in proportion to their active weights."""
+    active = [change.active for change in changes]
+    fixed = [change.fixed if change.rate else change.active for change in changes]
+    rate = max(change.rate for change in changes)
+    kept = min(base, max(base - whole(rate * base), sum(fixed), len(changes)))
+    lower: int | list[int] = [max(1, f) for f in fixed] if sum(fixed) + len(changes) <= kept else 1
+    for change, keep in zip(changes, apportion(active, kept, lower, active), strict=True):
+        change.kept = keep
 
 
-def _most_important(importance, total) -> list[int]:
-    """How many of the `total` most important weights over all layers lie in each; at least one a layer."""
-    scores = [score.double().sort(descending=True).values for score in importance]
+def _grow(changes: Sequence[Change], shares: Sequence[float], total: int) -> None:
+    """All layers grow to `total` together, by shares of the growth."""
+    kept = [change.kept for change in changes]
+    for change, more in zip(changes, _room_filled(shares, kept, total, changes), strict=True):
+        change.count = change.kept + more
+
+
+def _room_filled(
+    shares: Sequence[float], counts: Sequence[int], total: int, changes: Sequence[Change]
+) -> Sequence[int]:
+    """How many weights are added to the counts so that they sum to `total`, by shares and as there is room."""
+    room = [change.size - count for change, count in zip(changes, counts, strict=True)]
+    return apportion(shares, total - sum(counts), 0, room)
+
+
+def _keep_most_important(changes: Sequence[Change], total: int) -> None:
+    """The base of each layer is how many of the `total` most important weights over all layers lie in it; at least
+    one."""
+    scores = [change.importance.double().sort(descending=True).values for change in changes]
     owner = torch.cat([torch.full((len(score),), i) for i, score in enumerate(scores)])
-    scores = torch.cat([torch.cat([torch.full_like(score[:1], torch.inf), score[1:]]) for score in scores])
-    best = scores.argsort(descending=True, stable=True)[:total]
-    return torch.bincount(owner[best], minlength=len(importance)).tolist()
+    ranked = torch.cat([torch.cat([torch.full_like(score[:1], torch.inf), score[1:]]) for score in scores])
+    best = ranked.argsort(descending=True, stable=True)[:total]
+    for change, base in zip(changes, torch.bincount(owner[best], minlength=len(changes)).tolist(), strict=True):
+        change.base = base

@@ -1,4 +1,4 @@
-"""Results of `bench inference` as a bar chart."""
+"""Results of benchmarks as pictures."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
-from ..errors import MissingExtraError, UsageError
+from ..ops import figures
 
 LABELS = {
     "pytorch_dense": "PyTorch, dense", "onnxruntime_dense": "onnxruntime, dense", "onnx": "ONNX, sparse",
@@ -14,51 +14,57 @@ LABELS = {
 }  # fmt: skip
 
 
-def check_path(path: Path) -> None:
-    """Raises `UsageError` where no chart can be written to `path`, and `MissingExtraError`."""
-    kinds = _figure_class()().canvas.get_supported_filetypes()
-    if path.suffix[1:].lower() not in kinds:
-        raise UsageError(f"--plot {path} must end in one of {', '.join(f'.{kind}' for kind in sorted(kinds))}")
-    if not path.parent.is_dir():
-        raise UsageError(f"--plot {path} must be a file in a folder that exists")
-
-
-def _figure_class():
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise MissingExtraError("--plot needs matplotlib: pip install 'east_plugins[train]'") from error
-    return Figure
-
-
-def bar_chart(result: dict[str, Any], subject: str, path: Path) -> None:
-    """Median milliseconds an image, one bar for each batch size, beside the size on disk (C: compiled), both on
-    logarithmic scales.
+def density_chart(result: dict[str, Any], subject: str, path: Path) -> None:
+    """Milliseconds of a step against density, both logarithmic, with the limit of the arithmetic, of `sweep`.
 
     Raises `UsageError` where `path` cannot be written, and `MissingExtraError`.
     """
-    times: dict[int, dict[str, float]] = defaultdict(dict)
+    rows = sorted(result["rows"], key=lambda row: row["density"])
+    densities = [row["density"] for row in rows]
+    figure = figures.figure(7, 4.4)
+    axes = figure.subplots()
+    for i, name in enumerate(rows[0]["median_ms"]):
+        axes.plot(densities, [row["median_ms"][name] for row in rows], label=name, **figures.drawn(i))
+    axes.plot(densities, [row["limit_ms"] for row in rows], "k--", linewidth=1, label="arithmetic alone")
+    about = f"{subject}, {result['masks']} masks, batch {result['batch_size']}, {result['threads']} thread(s)"
+    axes.set(xscale="log", yscale="log", xlabel="density", ylabel="ms a training step", title=about)
+    axes.grid(which="major", color="#DDDDDD")
+    axes.legend(frameon=False)
+    figures.save(figure, path, "`plot`")
+
+
+def bar_chart(result: dict[str, Any], subject: str, path: Path) -> None:
+    """Milliseconds an image, one bar for each batch size, median with the range of the rounds, beside the size on disk
+    (C: compiled), both on logarithmic scales.
+
+    Raises `UsageError` where `path` cannot be written, and `MissingExtraError`.
+    """
+    times: dict[int, dict[str, list[float]]] = defaultdict(dict)
     for row in result["rows"]:
         name, _, batch = row["name"].partition("_batch")
-        times[int(batch or 1)][name] = row["median_ms"] / int(batch or 1)
+        per_image = int(batch or 1)
+        times[per_image][name] = [row[f"{what}_ms"] / per_image for what in ("median", "min", "max")]
     names = list(next(iter(times.values())))
     sizes = [result["sizes"]["c_object" if name == "c" else name] / 1024 for name in names]
-    figure = _figure_class()(figsize=(10, 1.2 + 0.25 * len(names) * (len(times) + 1)), layout="constrained")
-    figure.suptitle(f"{subject}: {result['nonzeros']:,} of {result['maskable']:,} weights active")
+    figure = figures.figure(10, 1.4 + 0.25 * len(names) * (len(times) + 1))
+    share = f"{result['nonzeros']:,} of {result['maskable']:,} weights active"
+    figure.suptitle(f"Inference of {subject}, {share}\nbars: medians; lines: fastest to slowest round", fontsize=11)
     left, right = figure.subplots(1, 2, sharey=True)
     height = 0.8 / len(times)
     for i, (batch, by_name) in enumerate(times.items()):
         places = [y - 0.4 + height * (i + 0.5) for y in range(len(names))]
-        bars = left.barh(places, [by_name[name] for name in names], height, label=f"batch {batch}")
-        left.bar_label(bars, fmt="%.3g", padding=3)
-    left.legend()
-    right.bar_label(right.barh(range(len(names)), sizes, color="gray"), [f"{size:,.0f}" for size in sizes], padding=3)
+        median, low, high = zip(*(by_name[name] for name in names), strict=True)
+        ranges = [[m - a for m, a in zip(median, low, strict=True)], [b - m for m, b in zip(median, high, strict=True)]]
+        bars = left.barh(
+            places, median, height, label=f"batch {batch}", xerr=ranges, error_kw={"lw": 1}, **figures.filled(i)
+        )
+        left.bar_label(bars, [f"{value:.3g}" for value in median], padding=3)
+    left.legend(loc="upper center", bbox_to_anchor=(0.5, -0.16), ncols=len(times), frameon=False)
+    grey = right.barh(range(len(names)), sizes, color="#7F7F7F")
+    right.bar_label(grey, [f"{size:,.0f}" for size in sizes], padding=3)
     left.set_yticks(range(len(names)), [LABELS[name] for name in names])
     left.invert_yaxis()
-    for axes, label in ((left, f"ms per image, {result['threads']} thread(s)"), (right, "KiB on disk")):
+    for axes, label in ((left, f"ms an image, {result['threads']} thread(s)"), (right, "KiB on disk")):
         axes.set(xscale="log", xlabel=label)
         axes.margins(x=0.2)
-    try:
-        figure.savefig(path)
-    except OSError as error:
-        raise UsageError(f"--plot {path} cannot be written: {' '.join(str(error).split())[:120]}") from error
+    figures.save(figure, path, "`plot`")

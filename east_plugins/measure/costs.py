@@ -7,12 +7,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ..errors import UsageError
 from ..ops.maskable import layers, maskable, theoretical_size
 from ..ops.modes import training_mode
-from ..plugins.transform.dct import macs
+from ..plugins.transform.dct import is_dct, macs
 
 MIB = 2**20
 
@@ -67,12 +67,14 @@ def costs(model: nn.Module, input_shape: tuple[int, ...], nonzeros: Mapping[str,
     active = {name: weight.numel() for name, weight in weights.items()} | dict(nonzeros or {})
     names = {id(weight): name for name, weight in weights.items()}
     uses = _uses(model, input_shape)
-    dense = sparse = fixed = 0
+    dense = fixed = 0
+    sparse = 0.0
     for _, layer in layers(model):
         weight = layer.weight
+        assert isinstance(weight, Tensor)
         dense += uses[layer] * weight.numel()
         sparse += uses[layer] * active[names[id(weight)]]
-        if hasattr(layer, "dct"):
+        if is_dct(layer):
             fixed += weight.numel() * weight.element_size()
             sparse += uses[layer] * macs(tuple(weight.shape), getattr(layer, "groups", 1))
     trainable = [p for p in model.parameters() if p.requires_grad]

@@ -11,6 +11,7 @@ from torch.overrides import TorchFunctionMode
 
 from ..ops.maskable import maskable
 from ..ops.modes import training_mode
+from ..ops.substitute import spared_buffers
 
 _RELU = {F.relu, torch.relu, Tensor.relu, torch.relu_, Tensor.relu_, F.relu_}
 
@@ -28,11 +29,9 @@ def gradient_norms(
     The pass is one of training: norms use the batch's statistics, and running ones stay as they are.
     """
     weights = {name: weight for name, weight in maskable(model).items() if name in masks}
-    buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
     devices = [] if x.device.type == "cpu" else [x.device]
-    with training_mode(model, True), torch.random.fork_rng(devices, device_type=x.device.type):
-        output = torch.func.functional_call(model, buffers, (x,))
-        gradients = torch.autograd.grad(loss(output, y), list(weights.values()))
+    with training_mode(model, True), spared_buffers(model), torch.random.fork_rng(devices, device_type=x.device.type):
+        gradients = torch.autograd.grad(loss(model(x), y), list(weights.values()))
     return {name: float((g * masks[name]).norm()) for name, g in zip(weights, gradients, strict=True)}
 
 

@@ -1,28 +1,32 @@
-"""The command `bench step`: a whole training step, dense and sparse, in one process."""
+"""A whole training step, dense and sparse, in one process."""
 
 from __future__ import annotations
 
-from argparse import Namespace
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
-from ..commands.bench import Subject, interleaved, itop_host, report
-from ..host.itop import CosineDecay
-from ..host.masking import Masking
 from ..ops.maskable import maskable
-from ..plugins.activation import attach, factory
 from ..sparse.engine import Engine
-from ..training import models
+from .networks import Network, Subject, with_gradients
+from .published import swap_in_sparseprop
+from .timing import interleaved, medians, report
 
-MASKS = ("connected", "random", "trained")
-UPDATES, BETWEEN, IMAGES = 20, 5, 32  # of the RigL run that `trained` masks come from
+FASTEST_DENSE = ("masked", "masked, channels-last")
 
 
-def step(args: Namespace) -> dict[str, Any]:
+def step(
+    subject: Subject,
+    batch_size: int = 128,
+    growth: str = "gradient",
+    repeats: int = 3,
+    itop: Path | None = None,
+    sparseprop: Path | None = None,
+) -> dict[str, Any]:
     """Whole training steps (forward, backward, host) of the same network, batch and masks; and the hosts alone.
 
     `with dense gradient` is forward and backward on the step before a topology update, without the update.
@@ -30,46 +34,56 @@ def step(args: Namespace) -> dict[str, Any]:
     `dense_over_sparse` is the step under ITOP-style dense masking, in the faster memory format, over ours with the
     sparse engine.
     """
-    masks = _masks(args)
-    x = torch.randn(args.batch_size, 3, 32, 32, generator=torch.Generator().manual_seed(1)).to(args.device)
-    labels = torch.arange(args.batch_size, device=args.device) % args.classes
-    runs = {"dense, no masks": _Step(args, x, labels), "masked": _Step(args, x, labels, masks)}
-    runs["masked, channels-last"] = _Step(args, x, labels, masks, channels_last=True)
-    for engine in ("sparse", "auto"):
-        runs[f"ours, {engine}"] = _Step(args, x, labels, masks, engine=engine)
-    runs["ours, with dense gradient"] = _Step(args, x, labels, masks, engine="sparse", before_update=True)
-    if args.itop:
-        runs["itop"] = _Itop(args, x, labels)
-    rows = interleaved(runs, args.repeats, x.device)
-    median = {row["name"]: row["median_ms"] for row in rows}
-    fastest = min(("masked", "masked, channels-last"), key=median.get)
+    runs = _candidates(subject, batch_size, growth)
+    if itop:
+        network = subject.build()
+        runs["itop"] = Step(network, network.itop(itop, growth).step, batch_size)
+    if sparseprop:
+        runs["sparseprop"] = by_sparseprop(subject, batch_size, sparseprop)
+    rows = interleaved(runs, repeats, subject.device)
+    median = medians(rows)
+    fastest = min(FASTEST_DENSE, key=lambda name: median[name])
     ratios = {
         "dense_over_sparse": (fastest, "ours, sparse"),
         "dense_over_auto": (fastest, "ours, auto"),
         "dense_over_gradient": (fastest, "ours, with dense gradient"),
         "itop_over_sparse": ("itop", "ours, sparse"),
+        "sparseprop_over_sparse": ("sparseprop", "ours, sparse"),
+        "sparseprop_over_auto": ("sparseprop", "ours, auto"),
     }
-    hosts, host_ratios = _hosts(args)
+    hosts, host_ratios = _hosts(subject, growth, max(5, repeats), itop)
     result = report([*rows, *hosts], ratios | host_ratios)
     result["memory_mib"] = {name: runs[name].memory() for name in ("masked", "ours, sparse")}
     return result
 
 
-def _hosts(args: Namespace) -> tuple[list[dict], dict[str, tuple[str, str]]]:
+def _candidates(subject: Subject, batch_size: int, growth: str) -> dict[str, Step]:
+    masks, plain = subject.drawn, subject.build()
+    runs = {"dense, no masks": Step(plain, plain.optimizer.step, batch_size)}
+    for name, channels_last in zip(FASTEST_DENSE, (False, True), strict=True):
+        runs[name] = dense_masked(subject, batch_size, channels_last)
+    for engine in ("sparse", "auto"):
+        runs[f"ours, {engine}"] = with_engine(subject, batch_size, growth, engine)
+    network = subject.build()
+    Engine(network.masked(masks, "gradient", 1), subject.shape, "sparse")  # every step is before an update
+    runs["ours, with dense gradient"] = Step(network, lambda: None, batch_size)
+    return runs
+
+
+def _hosts(
+    subject: Subject, growth: str, repeats: int, itop: Path | None
+) -> tuple[list[dict[str, Any]], dict[str, tuple[str, str]]]:
     """The hosts' own share: `host.step()` and the dense model's `optimizer.step()`, gradients given."""
-    dense, ours, plain = Subject(args), Subject(args), Subject(args)
-    host, other = (
-        subject.masked_by(Masking, growth_mode=args.growth, update_frequency=None) for subject in (ours, plain)
-    )
-    Engine(host, (3, 32, 32), "sparse")
-    candidates: dict[str, Callable] = {
-        "optimizer.step() alone": dense.optimizer.step,
+    host, other = (with_gradients(subject).masked("ERK", growth) for _ in range(2))
+    Engine(host, subject.shape, "sparse")
+    candidates: dict[str, Callable[[], Any]] = {
+        "optimizer.step() alone": with_gradients(subject).optimizer.step,
         "host.step() alone": host.step,
         "the same, without an engine": other.step,
     }
-    if args.itop:
-        candidates["itop.step() alone"] = itop_host(args).step
-    rows = interleaved(candidates, max(5, args.repeats), torch.device(args.device))
+    if itop:
+        candidates["itop.step() alone"] = with_gradients(subject).itop(itop, growth).step
+    rows = interleaved(candidates, repeats, subject.device)
     return rows, {
         "host_over_optimizer": ("host.step() alone", "optimizer.step() alone"),
         "itop_over_optimizer": ("itop.step() alone", "optimizer.step() alone"),
@@ -77,44 +91,34 @@ def _hosts(args: Namespace) -> tuple[list[dict], dict[str, tuple[str, str]]]:
     }
 
 
-class _Step:
-    """One training step of a network of its own: plain, with ITOP-style masking, or with our host and an engine."""
+class Step:
+    """One training step of a network: forward, backward, and `update`.
+
+    With `autocast`, forward is in bfloat16; with `compiled`, by torch.compile.
+    """
 
     def __init__(
-        self, args, x: Tensor, labels: Tensor, masks=None, engine: str | None = None, channels_last=False,
-        before_update=False,
+        self, network: Network, update: Callable[[], Any], batch_size: int, channels_last: bool = False,
+        autocast: bool = False, compiled: bool = False,
     ):  # fmt: skip
-        self.model, self.optimizer = _network(args)
-        self.x, self.labels, self.masks = x, labels, masks
+        self.model, self.optimizer, self.update = network.model, network.optimizer, update
+        self.x, self.labels = network.subject.images(batch_size)
         if channels_last:
-            self.model.to(memory_format=torch.channels_last)
-            self.x = x.contiguous(memory_format=torch.channels_last)
-        if engine is not None:
-            growth, frequency = ("gradient", 1) if before_update else (args.growth, None)
-            host = Masking(self.optimizer, growth_mode=growth, update_frequency=frequency)
-            host.add_module(self.model, density=args.density)
-            for name, mask in masks.items():
-                host.masks[name].copy_(mask)
-            host.load_state_dict(host.state_dict())
-            self.engine = Engine(host, (3, 32, 32), engine)
-            self.update: Callable = (lambda: None) if before_update else host.step
-        else:
-            self.update = self.optimizer.step if masks is None else self._masked_update
+            self.x = self.x.contiguous(memory_format=torch.channels_last)
+        self.autocast = autocast
+        self.forward: Callable[[Tensor], Tensor] = torch.compile(self.model) if compiled else self.model
+
+    def loss(self) -> Tensor:
+        with torch.autocast(self.x.device.type, torch.bfloat16, enabled=self.autocast):
+            return F.cross_entropy(self.forward(self.x), self.labels)
 
     def __call__(self) -> None:
         self.optimizer.zero_grad()
-        F.cross_entropy(self.model(self.x), self.labels).backward()
+        self.loss().backward()
         self.update()
 
-    @torch.no_grad()
-    def _masked_update(self) -> None:
-        self.optimizer.step()
-        for name, weight in maskable(self.model).items():
-            for tensor in (weight, self.optimizer.state[weight]["momentum_buffer"]):
-                tensor.mul_(self.masks[name])
-
     def memory(self) -> dict[str, float]:
-        """Optimizer state, and what a forward pass keeps for the backward one, without the parameters."""
+        """MiB of optimizer state, and of what a forward pass keeps for the backward one, without the parameters."""
         state = (t for s in self.optimizer.state.values() for t in s.values() if isinstance(t, Tensor))
         parameters = {parameter.data_ptr() for parameter in self.model.parameters()}
         kept: dict[int, int] = {}
@@ -125,53 +129,53 @@ class _Step:
             return tensor
 
         with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
-            F.cross_entropy(self.model(self.x), self.labels)
+            self.loss()
         return {
             "optimizer_state": sum(t.numel() * t.element_size() for t in state) / 2**20,
             "kept_for_backward": sum(kept.values()) / 2**20,
         }
 
 
-class _Itop:
-    """The same with ITOP's own host, from a checkout."""
-
-    def __init__(self, args: Namespace, x: Tensor, labels: Tensor):
-        self.x, self.labels, self.host = x, labels, itop_host(args)
-
-    def __call__(self) -> None:
-        self.host.optimizer.zero_grad()
-        F.cross_entropy(self.host.modules[0](self.x), self.labels).backward()
-        self.host.step()
+def dense_masked(subject: Subject, batch_size: int, channels_last: bool = False) -> Step:
+    """Under dense masking, as ITOP does it."""
+    network = subject.build(channels_last)
+    return Step(network, dense_masking(network, subject.drawn), batch_size, channels_last)
 
 
-def _network(args: Namespace) -> tuple[nn.Module, torch.optim.Optimizer]:
-    torch.manual_seed(0)
-    model = models.build(args.model, args.classes).to(args.device)
-    if args.activation:
-        attach(model, factory(args.activation), (3, 32, 32))
-    return model, torch.optim.SGD(model.parameters(), lr=1e-3, momentum=0.9, weight_decay=1e-4)
+def with_engine(subject: Subject, batch_size: int, growth: str, engine: str) -> Step:
+    """Under our host with an engine, between topology updates."""
+    network = subject.build()
+    return Step(network, ours(network, subject.drawn, growth, engine), batch_size)
 
 
-def _masks(args: Namespace) -> dict[str, Tensor]:
-    """Masks drawn connected or at random (ERK), or in the middle of a RigL run from random ones."""
-    model, optimizer = _network(args)
-    connected = args.masks == "connected"
-    host = Masking(
-        optimizer, growth_mode="gradient", update_frequency=BETWEEN, seed=0,
-        death_rate_decay=CosineDecay(0.5, 2 * UPDATES * BETWEEN),
-    )  # fmt: skip
-    host.add_module(
-        model, density=args.density, sparse_init="connected" if connected else "ERK", input_shape=(3, 32, 32)
-    )
-    if args.masks == "trained":
-        engine = Engine(host, (3, 32, 32), "sparse")
-        generator = torch.Generator().manual_seed(0)
-        patterns = torch.randn(args.classes, 3, 32, 32, generator=generator)
-        for _ in range(UPDATES * BETWEEN):  # classes are patterns in noise
-            labels = torch.randint(args.classes, (IMAGES,), generator=generator)
-            x = patterns[labels] + torch.randn(IMAGES, 3, 32, 32, generator=generator)
-            optimizer.zero_grad()
-            F.cross_entropy(model(x.to(args.device)), labels.to(args.device)).backward()
-            host.step()
-        engine.remove()
-    return {name: mask.clone() for name, mask in host.masks.items()}
+def by_sparseprop(subject: Subject, batch_size: int, checkout: Path) -> Step:
+    """With SparseProp's layers where it finds them faster; weights of the layers that it leaves dense are masked."""
+    network = subject.build()
+    with torch.no_grad():
+        for name, weight in maskable(network.model).items():
+            weight.mul_(subject.drawn[name])
+    swap_in_sparseprop(checkout, network.model, (batch_size, *subject.shape))
+    settings = {name: network.optimizer.defaults[name] for name in ("lr", "momentum", "weight_decay")}
+    network.optimizer = torch.optim.SGD(network.model.parameters(), **settings)
+    return Step(network, dense_masking(network, subject.drawn), batch_size)
+
+
+def ours(network: Network, masks: str | Mapping[str, Tensor], growth: str, engine: str) -> Callable[[], Any]:
+    """What updates a network under our host with an engine, between topology updates."""
+    host = network.masked(masks, growth)
+    Engine(host, network.subject.shape, engine)
+    return host.step
+
+
+def dense_masking(network: Network, masks: Mapping[str, Tensor]) -> Callable[[], None]:
+    """What updates a network as ITOP does it: optimizer, then weights and momentum times their masks."""
+    weights, optimizer = maskable(network.model), network.optimizer
+
+    @torch.no_grad()
+    def update() -> None:
+        optimizer.step()
+        for name, weight in weights.items():
+            for tensor in (weight, optimizer.state[weight]["momentum_buffer"]):
+                tensor.mul_(masks[name])
+
+    return update

@@ -65,8 +65,10 @@ class Active:
         """A tensor of the mask's shape with `values` at the active positions and zeros elsewhere."""
         return values.new_zeros(self.shape.numel()).scatter_(0, self.flat, values).view(self.shape)
 
-    def moved(self, values: Tensor, to: Active) -> Tensor:
+    def moved(self, values: Tensor, to: Active | All) -> Tensor:
         """`values` at the positions of `to`: kept where a weight stays active, zero where it is new."""
+        if isinstance(to, All):
+            return self.spread(values).view(-1)
         moved = values.new_zeros(len(to))
         if len(self) and len(to):
             at = torch.searchsorted(self.flat, to.flat).clamp_(max=len(self) - 1)
@@ -84,10 +86,14 @@ class All:
     def __eq__(self, other: object) -> bool:
         return isinstance(other, All) and self.shape == other.shape
 
-    __hash__ = None
+    __hash__ = None  # type: ignore[assignment]  # Python's way to say so
 
     def __len__(self) -> int:
         return self.shape.numel()
+
+    def moved(self, values: Tensor, to: Active | All) -> Tensor:
+        """`values` at the positions of `to`."""
+        return values if isinstance(to, All) else values[to.flat]
 
     def values(self, dense: Tensor) -> Tensor:
         return dense if dense.dim() == 1 else dense.reshape(-1)
@@ -102,18 +108,3 @@ class All:
     @functools.cached_property
     def _indexed(self) -> Active:
         return Active(torch.ones(self.shape, dtype=torch.bool))
-
-
-class ActiveSets:
-    """`Active` of masks by name, found anew whenever a mask was replaced or written to."""
-
-    def __init__(self):
-        self._known: dict[str, tuple[Tensor, int, Active]] = {}
-
-    def of(self, name: str, mask: Tensor, count: int | None = None) -> Active:
-        """Positions of the active weights (`count`, where their number is known) of the mask called `name`."""
-        known, version, active = self._known.get(name, (None, None, None))
-        if known is not mask or version != mask._version:
-            active = Active(mask, count)
-            self._known[name] = (mask, mask._version, active)
-        return active

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
@@ -77,7 +78,7 @@ def trace(
     model: nn.Module,
     shapes: Mapping[str, Sequence[int]],
     input_shape: Sequence[int],
-    norms: Mapping[str, nn.Module] = {},
+    norms: Mapping[str, _BatchNorm] = {},
 ) -> Wiring:
     """Wiring of the layers whose weights have the given names and shapes, and of the given batch norms; the model is
     left as it was."""
@@ -201,7 +202,7 @@ class _Trace(TorchFunctionMode):
         self._couple(read, source[:: outputs // groups].flatten())
         return target.flatten()
 
-    def _join(self, operands: list[Tensor], tensors: list[Tensor]) -> Tensor:
+    def _join(self, operands: Sequence[Tensor], tensors: Sequence[Tensor]) -> Tensor:
         """Couple channel with channel; one that meets several, such as a gate common to all channels, stays alone."""
         shape = torch.broadcast_shapes(*(tensor.shape for tensor in tensors))
         for operand in operands:
@@ -233,7 +234,7 @@ class _Trace(TorchFunctionMode):
         pairs = (a * 2**31 + b)[(a != b) & (a > 0) & (b > 0)].unique()
         return torch.stack([pairs // 2**31, pairs % 2**31])
 
-    def _only_moved(self, operands: list[Tensor], result: Tensor) -> bool:
+    def _only_moved(self, operands: Sequence[Tensor], result: Tensor) -> bool:
         """Whether the result holds its operands' numbers and nothing else."""
         if result.is_complex():
             return False
@@ -263,7 +264,7 @@ def _in_place(func) -> bool:
     return name.startswith("__i") or (name.endswith("_") and not name.endswith("__"))
 
 
-def _same_axis(operands: list[Tensor], shape: torch.Size) -> Tensor:
+def _same_axis(operands: Sequence[Tensor], shape: torch.Size) -> Tensor:
     """Numbers of an operation that keeps a channel axis (pooling, means, interpolation): those of the operand whose
     numbers depend on one axis only, of the same length; else 0."""
     for operand in operands:

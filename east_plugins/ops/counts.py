@@ -18,17 +18,17 @@ def apportion(weights: Sequence[float], total: int, lower: int | Sequence[int], 
 
     Raises `UsageError` where `total` is below the sum of `lower` or above the sum of `upper`.
     """
-    upper = np.asarray(upper, dtype=np.int64)
-    lower = np.broadcast_to(np.asarray(lower, dtype=np.int64), upper.shape)
-    weights = np.asarray(weights, dtype=np.float64)
-    if (largest := weights.max(initial=0)) > 0:
-        weights = weights / largest
-        weights = np.where(weights < 1e-200, 0, weights)  # no share at all, and no overflow below
-    if not lower.sum() <= total <= upper.sum():
-        raise UsageError(f"{total} active weights cannot be split: allowed are {lower.sum()} to {upper.sum()}")
-    share = _bounded_shares(weights, total, lower, upper)
-    counts = np.clip(np.floor(share + 1e-9).astype(np.int64), lower, upper)
-    remainder = np.where(counts < upper, np.round(share - counts, 9), -np.inf)
+    most = np.asarray(upper, dtype=np.int64)
+    least = np.broadcast_to(np.asarray(lower, dtype=np.int64), most.shape)
+    factors = np.asarray(weights, dtype=np.float64)
+    if (largest := factors.max(initial=0)) > 0:
+        factors = factors / largest
+        factors = np.where(factors < 1e-200, 0, factors)  # no share at all, and no overflow below
+    if not least.sum() <= total <= most.sum():
+        raise UsageError(f"{total} active weights cannot be split: allowed are {least.sum()} to {most.sum()}")
+    share = _bounded_shares(factors, total, least, most)
+    counts = np.clip(np.floor(share + 1e-9).astype(np.int64), least, most)
+    remainder = np.where(counts < most, np.round(share - counts, 9), -np.inf)
     short = total - int(counts.sum())
     counts[np.argsort(-remainder, kind="stable")[:short]] += 1
     return counts.tolist()

@@ -3,28 +3,36 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
+from .marks import PluginModule
 
-def layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """Name and module of every convolution and linear layer in the order of `named_modules`, a module once.
 
-    A module with the class attribute `east_plugin = True` and all inside it are a plugin's own and left out.
+def walk(model: nn.Module) -> Iterator[tuple[str, Any]]:
+    """Name and module of every module in the order of `named_modules`, a module once.
+
+    A `PluginModule` and all inside it are a plugin's own and left out.
     """
 
-    def walk(prefix: str, module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-        if module in seen or getattr(module, "east_plugin", False):
+    def inside(prefix: str, module: nn.Module) -> Iterator[tuple[str, Any]]:
+        if module in seen or isinstance(module, PluginModule):
             return
         seen.add(module)
-        if isinstance(module, (_ConvNd, nn.Linear)):
-            yield prefix, module
+        yield prefix, module
         for name, child in module.named_children():
-            yield from walk(f"{prefix}.{name}" if prefix else name, child)
+            yield from inside(f"{prefix}.{name}" if prefix else name, child)
 
     seen: set[nn.Module] = set()
-    yield from walk("", model)
+    yield from inside("", model)
+
+
+def layers(model: nn.Module) -> Iterator[tuple[str, Any]]:
+    """Name and module of every convolution and linear layer, as `walk` finds them."""
+    return ((name, module) for name, module in walk(model) if isinstance(module, (_ConvNd, nn.Linear)))
 
 
 def maskable(model: nn.Module) -> dict[str, nn.Parameter]:
@@ -37,7 +45,7 @@ def maskable(model: nn.Module) -> dict[str, nn.Parameter]:
 
 def modules_of(model: nn.Module) -> dict[str, nn.Module]:
     """The layer of every maskable weight, by the weight's name; of a tied weight the first."""
-    found = {}
+    found: dict[int, nn.Module] = {}
     for _, module in layers(model):
         found.setdefault(id(module.weight), module)
     return {name: found[id(weight)] for name, weight in maskable(model).items()}
@@ -57,12 +65,12 @@ def output_of(module: nn.Module | None, places: Sequence[Tensor]) -> Tensor:
 
 
 def unwrap(module: nn.Module) -> nn.Module:
-    """The model inside DistributedDataParallel, DataParallel or torch.compile's wrapper."""
+    """The model inside DistributedDataParallel, DataParallel, torch.compile's wrapper or an `AveragedModel`."""
     while (inner := getattr(module, "_orig_mod", None) or _data_parallel_inner(module)) is not None:
         module = inner
     return module
 
 
 def _data_parallel_inner(module: nn.Module) -> nn.Module | None:
-    wrappers = (nn.DataParallel, nn.parallel.DistributedDataParallel)
+    wrappers = (nn.DataParallel, nn.parallel.DistributedDataParallel, torch.optim.swa_utils.AveragedModel)
     return module.module if isinstance(module, wrappers) else None

@@ -1,20 +1,31 @@
-"""A model's training mode, for a while."""
+"""Modes, for a while: a model's training mode, and PyTorch's function modes."""
 
 from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 
 @contextlib.contextmanager
 def training_mode(model: nn.Module, training: bool) -> Iterator[None]:
-    """The model in training or evaluation mode; afterwards every module is in its own again."""
+    """The model in training or evaluation mode; afterwards every module is in its own again.
+
+    `train()` is not called: some networks merge or freeze weights in theirs.
+    """
     before = {module: module.training for module in model.modules()}
     try:
-        model.train(training)
+        for module in before:
+            module.training = training
         yield
     finally:
         for module, mode in before.items():
             module.training = mode
+
+
+def backward(output: Tensor, gradient: Tensor) -> None:
+    """`torch.autograd.backward` that stays inside function modes, for what checkpoints compute again in it."""
+    run = torch.autograd.Variable._execution_engine.run_backward
+    run((output,), (gradient,), False, False, (), allow_unreachable=True, accumulate_grad=True)

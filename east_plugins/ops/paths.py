@@ -18,7 +18,11 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
+from .marks import Marked
 from .maskable import theoretical_size
+from .modes import backward as backpropagate
+from .modes import training_mode
+from .substitute import substituted
 
 #: Operations by name, without leading and trailing underscores.
 IDENTITIES = {
@@ -86,11 +90,10 @@ def path_positions(model: nn.Module, masks: Mapping[str, Tensor], input_shape: S
         return {}
     device = next(model.parameters()).device
     leaves = {name: mask.to(device, torch.float32).requires_grad_() for name, mask in masks.items()}
-    x = torch.ones(1, *input_shape, device=device)
+    x = torch.ones(1, *input_shape, device=device, requires_grad=True)
     with torch.enable_grad():
-        total = sum(output.sum() for output in run_with(model, leaves, x, Twin()))
-        flows = torch.autograd.grad(total, list(leaves.values()), allow_unused=True, materialize_grads=True)
-    return {name: (flow > 0).to(masks[name].device) for name, flow in zip(leaves, flows, strict=True)}
+        run_with(model, leaves, x, Twin(), backward=True)
+    return {name: (flow > 0).to(masks[name].device) for name, flow in zip(leaves, gradients(leaves), strict=True)}
 
 
 def on_path(model: nn.Module, masks: Mapping[str, Tensor], input_shape: Sequence[int]) -> dict[str, Tensor]:
@@ -105,42 +108,47 @@ def effective_density(model: nn.Module, masks: Mapping[str, Tensor], input_shape
     return sum(int(mask.sum()) for mask in on_path(model, masks, input_shape).values()) / theoretical_size(model)
 
 
-def run_with(model: nn.Module, weights: Mapping[str, Tensor], x: Tensor, mode: TorchFunctionMode) -> list[Tensor]:
+def run_with(
+    model: nn.Module, weights: Mapping[str, Tensor], x: Tensor, mode: TorchFunctionMode, *, backward: bool = False
+) -> list[Tensor]:
     """The model's outputs for `x` under `mode`, in evaluation, with `weights` by name in place of its own.
 
     All other parameters are ones (scales pass everything on), biases zeros; activations that are being phased out
-    are ReLUs. The model and the global random state are left as they were.
+    are ReLUs. With `backward`, the gradient of the outputs' sum is added to `grad` of the weights, which are leaves:
+    networks that compute parts of the pass again for it, as checkpoints do, have to do it here. The model and the
+    global random state are left as they were.
     """
     parameters = dict(model.named_parameters(remove_duplicate=False))
     replaced = {id(parameters[name]) for name in weights}
-    others = {
-        name: torch.full((), float(not name.endswith("bias")), device=x.device).expand(parameter.shape)
+    tensors = {
+        id(parameter): torch.full((), float(not name.endswith("bias")), device=x.device).expand(parameter.shape)
         for name, parameter in model.named_parameters()
         if id(parameter) not in replaced and parameter.is_floating_point()
     }
-    with plain_evaluation(model), torch.random.fork_rng([]), mode:
-        outputs = torch.func.functional_call(model, others | dict(weights), (x,))
-    return [output for output in tree_leaves(outputs) if isinstance(output, Tensor)]
+    tensors |= {id(parameters[name]): weight for name, weight in weights.items()}
+    tensors |= {id(buffer): buffer.clone() for buffer in model.buffers()}
+    with plain_evaluation(model), substituted(model, tensors), torch.random.fork_rng([]), mode:
+        outputs = [output for output in tree_leaves(model(x)) if isinstance(output, Tensor)]
+        if backward:
+            total = sum((output.sum() for output in outputs), x.new_zeros(()))
+            backpropagate(total, torch.ones_like(total))
+    return outputs
+
+
+def gradients(leaves: Mapping[str, Tensor]) -> list[Tensor]:
+    """`grad` of leaves, zeros where there is none."""
+    return [torch.zeros_like(leaf) if leaf.grad is None else leaf.grad for leaf in leaves.values()]
 
 
 @contextlib.contextmanager
 def plain_evaluation(model: nn.Module) -> Iterator[None]:
     """Evaluation mode, phased activations off (their ReLUs run then), DCT layers as one product."""
-    changes = []
-    for module in model.modules():
-        changes.append((module, "training", False))
-        if getattr(module, "east_plugin", False) and hasattr(module, "phase"):
-            changes.append((module, "phase", "off"))
-        if getattr(module, "east_dct", False):
-            changes.append((module, "engine", "dense"))
-    before = [getattr(module, name) for module, name, _ in changes]
-    try:
-        for change in changes:
-            setattr(*change)
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(training_mode(model, False))
+        for module in model.modules():
+            if isinstance(module, Marked):
+                stack.enter_context(module.plain())
         yield
-    finally:
-        for (module, name, _), value in zip(changes, before, strict=True):
-            setattr(module, name, value)
 
 
 class _Cut(torch.autograd.Function):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Generator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -10,7 +11,7 @@ from torch import Tensor
 _BLOCK = 1024
 
 #: A selection under way: it yields what it must know from its device, gets that on the CPU, returns flat indices.
-Selection = Generator[Tensor, Tensor, Tensor]
+Selection = Generator[Tensor, Any, Tensor]
 
 
 def top_k(scores: Tensor, k: int, eligible: Tensor, generator: torch.Generator) -> Tensor:
@@ -38,7 +39,9 @@ def random_k(k: int, eligible: Tensor, generator: torch.Generator) -> Tensor:
 def together(selections: Sequence[Selection]) -> list[Tensor]:
     """The results of several selections, run in step: each time, what all of them ask of the device comes in one
     transfer. Random numbers are drawn in the order of the selections, the same on every device."""
-    waiting, answers, results = dict(enumerate(selections)), {}, {}
+    waiting = dict(enumerate(selections))
+    answers: dict[int, Tensor] = {}
+    results: dict[int, Tensor] = {}
     while waiting:
         asked = {}
         for i, selection in list(waiting.items()):

@@ -1,4 +1,4 @@
-"""What one training run is: options as flags and YAML, method presets, and defaults resolved to numbers."""
+"""What one training run is: what was asked for (`Config`), and what that means in numbers (`Resolved`)."""
 
 from __future__ import annotations
 
@@ -6,44 +6,16 @@ import argparse
 import dataclasses
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from ..errors import UnknownNameError, UsageError
 from ..plugins import registry
 from ..plugins.density import check_density
-from . import east, flags
-from .east import EastOptions, scaled_steps
-from .flags import option
-
-#: What a method name stands for; `update` is the update frequency in steps of Table B.1's run.
-METHODS: dict[str, dict[str, Any]] = {
-    "dense": dict(density=1.0, static=True),
-    "static": dict(static=True),
-    "synflow": dict(static=True, sparse_init="synflow"),
-    "set": dict(growth="random", death="magnitude", update=1500),
-    "rigl": dict(growth="gradient", death="magnitude", update=4000),
-    "snfs": dict(growth="momentum", death="magnitude", redistribution="momentum", update=352),
-    "gmp": dict(
-        growth="gradient",
-        death="magnitude",
-        death_rate=0.0,
-        density_schedule="gradual",
-        initial_density=1.0,
-        update=1000,
-    ),
-    "granet": dict(growth="gradient", death="magnitude", prune_scope="global", density_schedule="gradual", update=1000),
-    "east": dict(growth="gradient", death="magnitude", update=4000, tricks=("cyclic", "dyrelu", "share")),
-}
-#: What `+NAME` behind a method adds, as in `rigl+dyrelu`.
-TRICKS: dict[str, dict[str, Any]] = {
-    "cyclic": dict(east_cyclic=True),
-    "dyrelu": dict(east_dyrelu=True),
-    "share": dict(east_share=True),
-    "connected": dict(sparse_init="connected", weight_init="sparse-fan-in"),
-    "dctps": dict(dctps=True),
-}
-DENSITY_SCHEDULES = ("constant", "gradual", "one-shot")
+from ..plugins.protocols import DensitySchedule, RateDecay
+from . import east, methods, plugged
+from .east import EastOptions, ResolvedEast, scaled_steps
+from .flags import check_choices, option
 
 
 def _epochs(text: str) -> list[float]:
@@ -54,12 +26,30 @@ def _epochs(text: str) -> list[float]:
         raise argparse.ArgumentTypeError(f"must be epochs joined by commas, or none, got {text!r}") from None
 
 
-@dataclass(frozen=True)
-class Config:
-    """Options of `train`, with ITOP's names where it has them. None: depends on the method or the run's length."""
+#: Settings that neither method nor recipe nor the run's length decides.
+_DEFAULTS: dict[str, Any] = dict(
+    density=0.001, growth="random", death="magnitude", redistribution="none", death_rate=0.5, sparse_init="ERK",
+    weight_init="default", prune_scope="local", prune_rounding="floor", last_update=False, density_schedule="constant",
+    dctps=False, validation_split="stratified", crop_padding="zero", bias_free_head=False, tested="best",
+    nesterov=False,
+)  # fmt: skip
 
-    method: str = option(
-        "east", "method, with +trick for each addition: " + ", ".join(METHODS) + "; tricks: " + ", ".join(TRICKS)
+_METHOD_HELP = (
+    f"method, with +trick for each addition: {', '.join(methods.METHODS)}; tricks: {', '.join(methods.TRICKS)}"
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """What is asked of `train`, with ITOP's names where it has them. None: the method or the run's length decides.
+
+    `plugin_options` are the options of plugins that are named here: `growth_tau` is option `tau` of the growth rule.
+    Raises `UsageError` for a value that cannot be, whoever makes it.
+    """
+
+    method: str = option("east", _METHOD_HELP)
+    recipe: str | None = option(
+        None, f"how the method is trained: {', '.join(methods.RECIPES)}; what is given by hand goes before it"
     )
     model: str = option("resnet34", "network, see `info --model help`")
     width: int | None = option(None, "channels of the network's stem (default: its own, 64 in resnet34)", type=int)
@@ -68,10 +58,23 @@ class Config:
     image_size: int | None = option(None, "pixels of an image's side (default: the data's own)", type=int)
     limit: int | None = option(None, "train on so many images only", type=int)
     validation: float = option(0.1, "share of the training images that chooses the checkpoint", type=float)
+    validation_split: str | None = option(
+        None, "which ones: stratified by class at random, or the last ones in the data's order (default: stratified)",
+        choices=["stratified", "last"],
+    )  # fmt: skip
+    crop_padding: str | None = option(
+        None, "what random crops find beyond an image's edge: zeros or its reflection (default: zero)",
+        choices=["zero", "reflect"],
+    )  # fmt: skip
+    bias_free_head: bool | None = option(None, "the classifier, the last linear layer, has no bias", switch=True)
+    tested: str | None = option(
+        None, "network that is tested: of the best epoch by validation, or of the last (default: best)",
+        choices=["best", "last"],
+    )  # fmt: skip
 
     density: float | None = option(None, "active share of the maskable weights (default: 0.001)", type=float)
-    growth: str | None = option(None, "growth rule")
-    death: str | None = option(None, "prune rule")
+    growth: str | None = option(None, "growth rule (default: of the method)")
+    death: str | None = option(None, "prune rule (default: of the method)")
     redistribution: str | None = option(None, "redistribution rule (default: none)")
     death_rate: float | None = option(
         None, "share of the active weights replaced in an update (default: 0.5)", type=float
@@ -80,15 +83,7 @@ class Config:
     update_frequency: int | None = option(
         None, "steps between topology updates (default: SET 1500, RigL and EAST 4000 of 250 epochs' steps)", type=int
     )
-    sparse_init: str | None = option(
-        None, "allocation: ERK, ER, uniform, EPL, EPF, first-blocks, connected, synflow (default: ERK)"
-    )
-    connected_budgets: str | None = option(
-        None, "--sparse-init connected: allocation that gives each layer its number (default: ERK)"
-    )
-    connected_width: float | None = option(
-        None, "--sparse-init connected: channels in use are a layer's number to this power (default: 0.5)", type=float
-    )
+    sparse_init: str | None = option(None, "allocation: ERK, ER, uniform, EPL, EPF, connected, synflow (default: ERK)")
     weight_init: str | None = option(
         None, "initial values; sparse-fan-in scales them for the active fan-in", choices=["default", "sparse-fan-in"]
     )
@@ -96,10 +91,16 @@ class Config:
         None, "residual branches whose last norm's scale starts at zero (default: none)", choices=["all", "loops"]
     )
     prune_scope: str | None = option(None, "prune per layer or over all (default: local)", choices=["local", "global"])
+    prune_rounding: str | None = option(
+        None, "the share of a layer that is replaced as a whole number (default: floor; ITOP: ceil)",
+        choices=["floor", "ceil"],
+    )  # fmt: skip
+    last_update: bool | None = option(None, "a topology update may come at the very last step, as in ITOP", switch=True)
     keep_connected: bool = option(False, "updates keep weights on input-to-output paths")
-    density_schedule: str | None = option(None, "density over time without cycles", choices=DENSITY_SCHEDULES)
-    initial_density: float | None = option(None, "density that gradual and one-shot begin at", type=float)
-    dctps: bool = option(False, "DCTpS layers: a fixed DCT matrix plus the sparse weights")
+    density_schedule: str | None = option(
+        None, "density over time without cycles: constant, gradual or one-shot (default: of the method)"
+    )
+    dctps: bool | None = option(None, "DCTpS layers: a fixed DCT matrix plus the sparse weights", switch=True)
     dctps_engine: str = option(
         "dense", "how DCTpS layers are computed; auto measures, dense repeats bit for bit",
         choices=["auto", "dense", "fft", "separable"],
@@ -111,10 +112,20 @@ class Config:
     optimizer: str = option("sgd", "optimizer", choices=["sgd", "adam", "adamw"])
     lr: float | None = option(None, "learning rate (default: 0.1 for sgd, 0.001 for adam and adamw)", type=float)
     lr_drops: list[float] | None = option(
-        None, "epochs of tenfold drops of the rate (default: 75,150 of 250; adam: none)", type=_epochs, metavar="E,E"
+        None,
+        "epochs of tenfold drops of the rate (default: at a half and three quarters; adam: none)",
+        type=_epochs,
+        metavar="E,E",
     )
     momentum: float = option(0.9, "momentum of sgd", type=float)
-    nesterov: bool = option(False, "Nesterov momentum")
+    nesterov: bool | None = option(None, "Nesterov momentum", switch=True)
+    clip_norm: float | None = option(
+        None, "largest norm of the gradient; longer ones are cut (default: none)", type=float
+    )
+    clip_norm_of: str | None = option(
+        None, "gradients that the norm counts: those of active weights, or all, as in published scripts (default: all)",
+        choices=["active", "all"],
+    )  # fmt: skip
     weight_decay: float = option(1e-4, "L2 regularisation", type=float, aliases=["--l2"])
     seed: int = option(0, "seed of everything random", type=int)
     device: str | None = option(None, "cpu, cuda, cuda:1, ... (default: cuda where there is one)")
@@ -127,183 +138,225 @@ class Config:
     amp: bool = option(False, "bfloat16 autocast")
     channels_last: bool = option(False, "channels-last memory format")
     east: EastOptions = EastOptions()
+    plugin_options: Mapping[str, Any] = field(default_factory=dict)
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
+        methods.preset(self.method, self.dctps)
+        check_choices(self)
         self._check_numbers()
         self._check_names()
-        if self.nesterov and not (self.optimizer == "sgd" and self.momentum > 0):
-            raise UsageError(f"--nesterov needs --optimizer sgd and --momentum over 0, got {self.optimizer} and "
-                             f"{self.momentum:g}")  # fmt: skip
+        if self.recipe is not None and self.recipe not in methods.RECIPES:
+            raise UnknownNameError("`recipe`", self.recipe, methods.RECIPES)
+        if self.nesterov and not self._has_momentum:
+            raise UsageError(
+                f"`nesterov` needs `optimizer` sgd and `momentum` over 0, got {self.optimizer} and {self.momentum:g}"
+            )
+        if self.clip_norm is not None and not 0 < self.clip_norm < math.inf:
+            raise UsageError(f"`clip_norm` must be over 0, got {self.clip_norm}")
+        if self.clip_norm_of is not None and self.decided("clip_norm") is None:
+            raise UsageError("`clip_norm_of` needs `clip_norm`")
         if self.compile and self.engine == "sparse":
-            raise UsageError("--compile goes with --engine dense: the sparse engine has compiled kernels of its own")
-        if self.east.cyclic and self.density_schedule not in (None, "constant"):
-            raise UsageError(f"--method {self.method}: --east-cyclic and --density-schedule {self.density_schedule} "
-                             "both set the density over time; allowed with cycles is constant")  # fmt: skip
+            raise UsageError("`compile` goes with `engine` dense: the sparse engine has compiled kernels of its own")
+        self._check_method()
+
+    def _check_method(self) -> None:
+        preset, schedule = self.preset, self.chosen().get("density_schedule", "constant")
+        cyclic = preset.settings.get("east_cyclic") if self.east.cyclic is None else self.east.cyclic
+        if preset.static and self.update_frequency is not None:
+            raise UsageError(f"`method` {self.method} has no topology updates: `update_frequency` needs one that has")
+        if cyclic and schedule != "constant":
+            raise UsageError(
+                f"`method` {self.method}: `east_cyclic` and `density_schedule` {schedule} both set the density over "
+                "time; allowed with cycles is constant"
+            )
 
     def _check_numbers(self) -> None:
-        for name in ("density", "initial_density"):
-            if getattr(self, name) is not None:
-                check_density(getattr(self, name), f"--{name.replace('_', '-')}")
+        if self.density is not None:
+            check_density(self.density)
         positive = ("epochs", "batch_size", "update_frequency", "width", "limit", "image_size", "threads")
         for name in positive:
             value = getattr(self, name)
             if value is not None and value < 1:
-                raise UsageError(f"--{name.replace('_', '-')} must be at least 1, got {value}")
+                raise UsageError(f"`{name}` must be at least 1, got {value}")
         ranges = dict(
-            lr=(0, 1e6),
-            momentum=(0, 1),
-            weight_decay=(0, 1e6),
-            death_rate=(0, 1),
-            seed=(-(2**63), 2**64 - 1),
-            connected_width=(0, 1),
+            lr=(0, 1e6), momentum=(0, 1), weight_decay=(0, 1e6), death_rate=(0, 1), seed=(-(2**63), 2**64 - 1)
         )
         for name, (low, high) in ranges.items():
             value = getattr(self, name)
             if value is not None and not low <= value <= high:
-                raise UsageError(f"--{name.replace('_', '-')} must be in [{low}, {high}], got {value}")
+                raise UsageError(f"`{name}` must be in [{low}, {high}], got {value}")
         for epoch in self.lr_drops or ():
             if not 0 <= epoch < math.inf:
-                raise UsageError(f"--lr-drops must be epochs from 0 on, got {epoch}")
+                raise UsageError(f"`lr_drops` must be epochs from 0 on, got {epoch}")
 
     def _check_names(self) -> None:
-        for name, kind in (
-            ("growth", "growth"),
-            ("death", "pruning"),
-            ("redistribution", "redistribution"),
-            ("sparse_init", "allocation"),
-            ("connected_budgets", "allocation"),
-            ("decay_schedule", "rate"),
-        ):
-            value = getattr(self, name)
-            if value is None or (name == "redistribution" and value == "none"):
-                continue
-            try:
-                registry.BY_KIND[kind].entry(value)
-            except UsageError as error:
-                raise UsageError(f"--{name.replace('_', '-')}: {error}") from error
+        for name in ("growth", "death", "redistribution", "sparse_init", "density_schedule", "decay_schedule"):
+            plugged.BY_SETTING[name].entry(getattr(self, name))
+        if self.density_schedule == "cyclic":
+            raise UsageError("`density_schedule` cyclic is `east_cyclic`, which has its numbers")
 
     @property
-    def allocation_options(self) -> dict[str, Any]:
-        """Options of the allocation, as `Masking.add_module` takes them."""
-        given = {"budgets": self.connected_budgets, "width": self.connected_width}
-        return {name: value for name, value in given.items() if value is not None}
+    def _has_momentum(self) -> bool:
+        return self.optimizer == "sgd" and self.momentum > 0
+
+    @property
+    def preset(self) -> methods.Preset:
+        """What the method's name stands for."""
+        return methods.preset(self.method, self.dctps)
+
+    def as_dict(self) -> dict[str, Any]:
+        """Flag names to values, as `--config` reads them."""
+        skipped = ("east", "plugin_options", "steps_per_epoch")
+        values = {name: value for name, value in vars(self).items() if name not in skipped and value is not None}
+        values |= {f"east_{name}": value for name, value in self._told_of_east().items()}
+        values |= self.plugin_options
+        return {name.replace("_", "-"): value for name, value in values.items()}
+
+    def _told_of_east(self) -> dict[str, Any]:
+        defaults = {field.name: field.default for field in dataclasses.fields(EastOptions)}
+        return {name: value for name, value in vars(self.east).items() if value != defaults[name]}
+
+    def chosen(self) -> dict[str, str | None]:
+        """The plugin of each kind that is asked for, by the method where not by hand."""
+        named = {name: getattr(self, name) for name in plugged.BY_SETTING if not name.startswith("east_")}
+        asked = {name: value for name, value in named.items() if value is not None}
+        known = {"sparse_init": "ERK", **self._recipe(), **self.preset.settings}
+        return {**known, **asked, "east_dyrelu_type": self.east.dyrelu_type}
+
+    def _recipe(self) -> dict[str, Any]:
+        """What the recipe says, as far as it concerns this run."""
+        values = methods.RECIPES[self.recipe].values() if self.recipe else {}
+        if self.optimizer != "sgd":
+            values.pop("lr_drops", None)
+        if not self._has_momentum:
+            values.pop("nesterov", None)
+        return values
+
+    def decided(self, name: str) -> Any:
+        """The value of a setting that does not depend on the run's length: asked for, of the method, of the recipe, or
+        the default."""
+        asked = getattr(self, name)
+        if asked is not None:
+            return asked
+        return self.preset.settings.get(name, self._recipe().get(name, _DEFAULTS.get(name)))
+
+    def resolve(self, steps_per_epoch: int) -> Resolved:
+        """All defaults filled in for a run of `epochs` times `steps_per_epoch` steps (Table B.1, scaled).
+
+        What is asked for goes before what the method stands for, and that before the defaults. Raises `UsageError`
+        where settings contradict each other or the method.
+        """
+        total, preset, recipe = self.epochs * steps_per_epoch, self.preset, self._recipe()
+        adam = self.optimizer != "sgd"
+        drops = () if adam else recipe.pop("lr_drops", (0.5, 0.75))
+        defaults = {
+            **_DEFAULTS,
+            "lr": 0.001 if adam else 0.1,
+            "lr_drops": [self.epochs * drop for drop in drops],
+        }
+        if preset.update is not None:
+            defaults["update_frequency"] = scaled_steps(preset.update, total)
+        asked = {name: value for name, value in vars(self).items() if value is not None}
+        fields = {field.name for field in dataclasses.fields(self)}
+        ours = {name: value for name, value in {**recipe, **preset.settings}.items() if name in fields}
+        values = {**vars(self), **defaults, **ours, **asked}
+        values["east"] = self._resolve_east(preset, recipe, steps_per_epoch, min(values["lr_drops"], default=None))
+        values["plugin_options"] = self._resolve_options(values)
+        found = Resolved(**values, steps_per_epoch=steps_per_epoch)
+        found.schedule()
+        return found
+
+    def _resolve_east(
+        self, preset: methods.Preset, recipe: Mapping[str, Any], steps_per_epoch: int, first_drop: float | None
+    ) -> ResolvedEast:
+        switches = {name: preset.settings.get(f"east_{name}", False) for name in east.SWITCHES}
+        given = {name: value for name, value in switches.items() if getattr(self.east, name) is None}
+        asked = dataclasses.replace(self.east, **given)
+        asked.check_used()
+        ours = {name.removeprefix("east_"): value for name, value in recipe.items() if name.startswith("east_")}
+        on = {name: value for name, value in ours.items() if getattr(asked, name.split("_")[0])}
+        asked = dataclasses.replace(asked, **{n: value for n, value in on.items() if getattr(asked, n) is None})
+        found = asked.resolve(self.epochs, steps_per_epoch, first_drop)
+        if found.dyrelu and self.east.dyrelu_end is None and round(found.dyrelu_end * steps_per_epoch) < 1:
+            raise UsageError(
+                f"`epochs` {self.epochs}: a run of {self.epochs * steps_per_epoch} steps is too short for the "
+                f"phase-out of `method` {self.method}, which must end before the first learning-rate drop"
+            )
+        return found
+
+    def _resolve_options(self, values: Mapping[str, Any]) -> dict[str, Any]:
+        chosen = {name: values.get(name) for name in plugged.BY_SETTING}
+        chosen["east_dyrelu_type"] = values["east"].dyrelu_type if values["east"].dyrelu else None
+        known = dict(plugged.fields(chosen))
+        ours = {name: value for name, value in self.preset.settings.items() if name in known}
+        return plugged.resolved({**ours, **self.plugin_options}, chosen)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Resolved(Config):
+    """A run in numbers: nothing that decides what is trained is left open."""
+
+    density: float
+    growth: str
+    death: str
+    redistribution: str
+    death_rate: float
+    sparse_init: str
+    weight_init: str
+    prune_scope: str
+    density_schedule: str
+    dctps: bool
+    validation_split: str
+    crop_padding: str
+    bias_free_head: bool
+    tested: str
+    prune_rounding: str
+    last_update: bool
+    nesterov: bool
+    lr: float
+    lr_drops: list[float]
+    east: ResolvedEast
+    steps_per_epoch: int
 
     @property
     def static(self) -> bool:
-        return bool(METHODS[self.method.split("+")[0]].get("static"))
+        """Whether the topology is never updated."""
+        return self.preset.static
 
-    def resolve(self, steps_per_epoch: int) -> Config:
-        """All defaults filled in for a run of `epochs` times `steps_per_epoch` steps (Table B.1, scaled)."""
-        total = self.epochs * steps_per_epoch
-        preset = METHODS[self.method.split("+")[0]]
-        adam = self.optimizer != "sgd"
-        drops = [] if adam else [self.epochs * drop / east.REFERENCE_EPOCHS for drop in (75, 150)]
-        values = dict(
-            density=0.001, growth="random", death="magnitude", redistribution="none", death_rate=0.5, sparse_init="ERK",
-            weight_init="default", prune_scope="local", lr=0.001 if adam else 0.1, lr_drops=drops,
-        )  # fmt: skip
-        if "update" in preset:
-            values["update_frequency"] = scaled_steps(preset["update"], total)
-        filled = {name: value for name, value in values.items() if getattr(self, name) is None}
-        config = dataclasses.replace(self, **filled)
-        first_drop = min(config.lr_drops, default=None)
-        tricks = config.east.resolve(self.epochs, steps_per_epoch, first_drop)
-        if tricks.dyrelu and self.east.dyrelu_end is None and round(tricks.dyrelu_end * steps_per_epoch) < 1:
-            raise UsageError(f"--epochs {self.epochs}: a run of {total} steps is too short for the phase-out of "
-                             f"--method {self.method}, which must end before the first learning-rate drop")  # fmt: skip
-        return dataclasses.replace(config, east=tricks)
+    @property
+    def label(self) -> str:
+        """The method's name, with what differs from it."""
+        own = {f"east_{name}": value for name, value in vars(self.east).items()}
+        return methods.label(self.method, {**vars(self), **own, **self.plugin_options})
 
-    def as_dict(self) -> dict[str, Any]:
-        """Flag names to values: what `parse` reads back from YAML. Methods are recorded with all they stand for."""
-        values = {name: value for name, value in vars(self).items() if name != "east" and value is not None}
-        values |= {name: False for name in split_method(self.method, self.dctps) if name in _SWITCHES}
-        values |= {
-            f"east_{name}": value for name, value in vars(self.east).items() if getattr(self.east, name.split("_")[0])
-        }
-        return {name.replace("_", "-"): value for name, value in values.items()}
+    @property
+    def steps(self) -> int:
+        """Optimizer steps of the whole run."""
+        return self.epochs * self.steps_per_epoch
 
+    def schedule(self) -> DensitySchedule:
+        """The density over the run; raises `UsageError` where its numbers cannot be."""
+        frequency = None if self.static else self.update_frequency
+        end = self.steps + self.last_update
+        if self.density_schedule == "constant":
+            return self.east.density_schedule(self.density, self.steps_per_epoch, frequency, end)
+        options = self.options_of("density_schedule")
+        make = registry.density.bound(self.density_schedule, options)
+        try:
+            return make(self.density, frequency=frequency, end=end)
+        except UsageError as error:
+            raise UsageError(plugged.rename(str(error), options, "density_schedule_")) from error
 
-def split_method(name: str, dctps: bool | None = None) -> dict[str, Any]:
-    """The options that a method name such as `rigl+connected` stands for; raises `UnknownNameError`.
+    def rate_decay(self) -> RateDecay:
+        """The prune rate over the run."""
+        make = registry.rate.bound(self.decay_schedule, self.options_of("decay_schedule"))
+        return make(self.death_rate, self.steps)
 
-    On DCTpS layers (`dctps`; None: as the name says) `east` leaves weight sharing out, as the paper does (Section 4).
-    """
-    base, *tricks = name.split("+")
-    if base not in METHODS:
-        raise UnknownNameError("--method", base, METHODS)
-    values = {key: value for key, value in METHODS[base].items() if key not in ("update", "static", "tricks")}
-    for trick in (*METHODS[base].get("tricks", ()), *tricks):
-        if trick not in TRICKS:
-            raise UsageError(f"--method {name}: {UnknownNameError('trick', trick, TRICKS)}")
-        values |= TRICKS[trick]
-    if ("dctps" in tricks if dctps is None else dctps) and "share" not in tricks:
-        values.pop("east_share", None)
-    return values
+    def options_of(self, setting: str) -> dict[str, Any]:
+        """The options of the plugin that a setting names, under the plugin's own names."""
+        return plugged.BY_SETTING[setting].values(self.plugin_options)
 
-
-def add_flags(parser: flags.Parser) -> None:
-    """Add all flags of a run, `--config` and the `--east-*` flags among them."""
-    parser.add_argument("--config", metavar="FILE", help="YAML file with flags as keys; flags given here go before it")
-    flags.add_flags(parser.add_argument_group("run"), Config)
-    east.add_flags(parser)
-
-
-def from_flags(given: Mapping[str, Any], method: str = Config.method, data: str = Config.data) -> Config:
-    """The run that parsed flags describe: method preset, then `--config`, then the flags themselves.
-
-    `method` and `data` are those of a run for which neither file nor flags name one. Where the flags name
-    another method than the file, what the file says of its own method is left out. Raises `UsageError` for whatever
-    cannot be: an unreadable file, a misspelt key, a value out of range.
-    """
-    given = dict(given)
-    if path := given.pop("config", None):
-        file = _for_method(_read(path), given)
-        if given.get("east"):  # by hand: all three tricks
-            file = {name: value for name, value in file.items() if value is not False or name not in _SWITCHES}
-        given = {**file, **given}
-    given = {"method": method, "data": data, **given}
-    preset = split_method(given["method"], given.get("dctps"))
-    values = {**preset, **given}
-    names = {field.name for field in dataclasses.fields(Config)}
-    options = {name: values[name] for name in names - {"east"} if name in values}
-    return Config(**options, east=east.from_flags(given, preset))
-
-
-_SWITCHES = ("east_cyclic", "east_dyrelu", "east_share")
-
-
-def _for_method(file: dict[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
-    """A file's values, where `given` names another method less those in which the two methods differ: `config.yaml`
-    holds all that its method stands for. Numbers of a trick that is on no longer go with it."""
-    if "method" not in file or given.get("method", file["method"]) == file["method"]:
-        return file
-    old, new = _preset(file["method"]), _preset(given["method"])
-    differ = {name for name in (*old, *new) if old.get(name) != new.get(name)}
-    if "density_schedule" in differ:
-        differ.add("initial_density")
-    off = tuple(f"{name}_" for name in old.keys() - new.keys() - given.keys() if name.startswith("east_"))
-    return {name: value for name, value in file.items() if name not in differ and not name.startswith(off)}
-
-
-def _preset(method: str) -> dict[str, Any]:
-    """All that a method stands for, its update frequency in Table B.1's run included."""
-    return {**split_method(method), "update_frequency": METHODS[method.split("+")[0]].get("update")}
-
-
-def _read(path: str) -> dict[str, Any]:
-    """What a `--config` file says, as parsed flags."""
-    parser = flags.Parser(add_help=False)
-    add_flags(parser)
-    content = flags.read_yaml(path, "--config")
-    content.pop("versions", None)
-    if "config" in content:
-        raise UsageError(f"--config {path}: config cannot be a key of the file; allowed are the other flags")
-    arguments = flags.as_arguments(content, parser, f"--config {path}")
-    try:
-        values = vars(parser.parse_args(arguments))
-        values |= {str(key).replace("-", "_"): False for key, value in content.items() if value is False}
-        values.pop("config")
-        split_method(values.get("method", Config.method))
-        return values
-    except UsageError as error:
-        raise UsageError(f"--config {path}: {error}") from error
+    def _told_of_east(self) -> dict[str, Any]:
+        """Switches, off as well as on, and the numbers of what is on."""
+        on = vars(self.east)
+        return {name: value for name, value in on.items() if name in east.SWITCHES or on[name.split("_")[0]]}

@@ -3,61 +3,128 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import difflib
 import re
-from collections.abc import Mapping
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
 from ..errors import UsageError
+from ..plugins.protocols import option
+
+__all__ = [
+    "Parser", "add_flag", "add_flags", "as_arguments", "check_choices", "folder", "option", "read_yaml", "spoken",
+]  # fmt: skip
 
 
-def option(default: Any, help: str, **argparse_kwargs: Any) -> Any:
-    """A dataclass field with what argparse needs to make a flag of it; a `bool` field becomes a switch."""
-    return dataclasses.field(default=default, metadata={"help": help, **argparse_kwargs})
+#: Called with a parser, what is known of its arguments, and the flags among them that it does not know.
+Late = Callable[[argparse.ArgumentParser, argparse.Namespace, list[str]], None]
 
 
 class Parser(argparse.ArgumentParser):
-    """An argparse parser that raises `UsageError` in place of printing usage, and takes no abbreviations."""
+    """An argparse parser that raises `UsageError` in place of printing usage, and takes no abbreviations.
 
-    def __init__(self, *args, **kwargs):
-        super().__init__(*args, allow_abbrev=False, **kwargs)
+    `late(parser, namespace, unknown)` adds flags that depend on others: it is called with what is known of the
+    arguments, and the flags among them that are not, where there are such or help is asked for.
+    """
+
+    def __init__(
+        self,
+        *args: Any,
+        late: Late | None = None,
+        **kwargs: Any,
+    ):
+        super().__init__(*args, **{**kwargs, "allow_abbrev": False})
+        self.late = late
+
+    def parse_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> Any:  # type: ignore[override]
+        args = list(sys.argv[1:] if args is None else args)
+        if self.late is not None:
+            plain = [arg for arg in args if arg not in ("-h", "--help")]
+            helping, known = len(plain) < len(args), option_strings(self)
+            unknown = [arg.split("=")[0] for arg in plain if arg.startswith("--") and arg.split("=")[0] not in known]
+            if helping or unknown:
+                with contextlib.suppress(*[UsageError] * helping), _nothing_required(self, helping):
+                    self.late(self, self.parse_known_args(plain)[0], unknown)
+        return super().parse_args(args, namespace)
 
     def error(self, message: str) -> NoReturn:
         if match := re.match(r"unrecognized arguments: (--[^ =]+)", message):
-            near = difflib.get_close_matches(match[1], self._option_string_actions, n=3)
+            shown = {action.option_strings[-1] for action in option_strings(self).values()}
+            near = difflib.get_close_matches(match[1].replace("_", "-"), shown, n=3)
             message += f"; did you mean {' or '.join(near)}?" if near else "; see --help"
         raise UsageError(message.removeprefix("argument "))
 
 
+@contextlib.contextmanager
+def _nothing_required(parser: argparse.ArgumentParser, so: bool) -> Iterator[None]:
+    """Help is given whatever is missing."""
+    required = [action for action in option_strings(parser).values() if so and action.required]
+    try:
+        for action in required:
+            action.required = False
+        yield
+    finally:
+        for action in required:
+            action.required = True
+
+
+def option_strings(parser: argparse._ActionsContainer) -> dict[str, argparse.Action]:
+    """Every spelling of every flag, and what it does: argparse has no public way to ask."""
+    return parser._option_string_actions
+
+
 def add_flags(parser: argparse._ActionsContainer, options: type, prefix: str = "") -> None:
-    """Add a flag for every field; `--like-this` and `--like_this` both work. Flags that are not given leave no
-    trace in the namespace."""
+    """Add a flag for every field that `option` made; see `add_flag`."""
     for field in dataclasses.fields(options):
-        if "help" not in field.metadata:
-            continue
-        settings = dict(field.metadata)
-        aliases = settings.pop("aliases", ())
-        if field.type == "bool":
-            settings["action"] = "store_true"
-        elif field.default is not None:
-            shown = f"{field.default:g}" if isinstance(field.default, float) else field.default
-            settings["help"] += f" (default: {shown})"
-        if isinstance(settings.get("type"), type):
-            settings.setdefault("metavar", {int: "N", float: "X"}.get(settings["type"]))
-        elif "choices" not in settings and field.type != "bool":
-            settings.setdefault("metavar", "NAME")
-        dest = prefix + field.name
-        names = dict.fromkeys([f"--{dest.replace('_', '-')}", *aliases])
+        if "help" in field.metadata:
+            add_flag(parser, prefix + field.name, field)
+
+
+def add_flag(parser: argparse._ActionsContainer, dest: str, field: dataclasses.Field[Any]) -> None:
+    """Add the flag of one field; `--like-this` and `--like_this` both work. A flag that is not given leaves no trace in
+    the namespace. Raises `UsageError` where another flag has the name."""
+    settings = dict(field.metadata)
+    aliases, switch = settings.pop("aliases", ()), settings.pop("switch", isinstance(field.default, bool))
+    if switch:
+        settings["action"] = "store_true"
+    elif field.default is not None:
+        shown = f"{field.default:g}" if isinstance(field.default, float) else field.default
+        settings["help"] += f" (default: {shown})"
+    if isinstance(settings.get("type"), type):
+        settings.setdefault("metavar", {int: "N", float: "X"}.get(settings["type"]))
+    elif "choices" not in settings and not switch:
+        settings.setdefault("metavar", "NAME")
+    settings["help"] = settings["help"].replace("%", "%%")
+    names = dict.fromkeys([f"--{dest.replace('_', '-')}", *aliases])
+    try:
         action = parser.add_argument(*names, dest=dest, default=argparse.SUPPRESS, **settings)
-        _accept_underscores(parser, action)
+    except argparse.ArgumentError as error:
+        raise UsageError(
+            f"the plugin's option {field.name!r} would be {min(names)}, which is a flag already"
+        ) from error
+    for name in list(action.option_strings):  # ITOP's spelling, not shown in --help
+        option_strings(parser).setdefault("--" + name.removeprefix("--").replace("-", "_"), action)
 
 
-def _accept_underscores(parser: argparse._ActionsContainer, action: argparse.Action) -> None:
-    for name in list(action.option_strings):
-        spelled = "--" + name.removeprefix("--").replace("-", "_")
-        parser._option_string_actions.setdefault(spelled, action)  # ITOP's spelling, not shown in --help
+def check_choices(options: Any) -> None:
+    """Raises `UsageError` for a field of a dataclass that is none of the choices which `option` gave it."""
+    for field in dataclasses.fields(options):
+        value, choices = getattr(options, field.name), field.metadata.get("choices")
+        if choices is not None and value is not None and value not in choices:
+            raise UsageError(f"`{field.name}` must be one of {', '.join(map(str, choices))}, got {value!r}")
+
+
+def spoken(message: str, is_setting: Callable[[str], bool]) -> str:
+    """A message of the library as the command line says it: settings in backticks become flags."""
+
+    def flag(match: re.Match[str]) -> str:
+        return "--" + match[1].replace("_", "-") if is_setting(match[1]) else match[0]
+
+    return re.sub(r"`([a-z][a-z0-9_]*)`", flag, message)
 
 
 def folder(text: str) -> Path:
@@ -90,9 +157,9 @@ def as_arguments(values: Mapping[str, Any], parser: argparse.ArgumentParser, sou
     arguments = []
     for key, value in values.items():
         name = "--" + str(key).replace("_", "-")
-        action = parser._option_string_actions.get(name)
+        action = option_strings(parser).get(name)
         if action is None:
-            near = difflib.get_close_matches(name, parser._option_string_actions, n=1)
+            near = difflib.get_close_matches(name, option_strings(parser), n=1)
             hint = f"did you mean {near[0].removeprefix('--')}? " if near else ""
             raise UsageError(f"{source}: unknown key {str(key)!r}; {hint}see --help")
         switch = action.nargs == 0
@@ -101,7 +168,7 @@ def as_arguments(values: Mapping[str, Any], parser: argparse.ArgumentParser, sou
         if switch and value is not True:
             raise UsageError(f"{source}: {key} must be true or false, got {value!r}")
         if not switch and isinstance(value, bool):
-            kind = {int: "a whole number", float: "a number"}.get(action.type, "a text")
+            kind = {int: "a whole number", float: "a number"}.get(action.type, "a text")  # type: ignore[call-overload]
             raise UsageError(f"{source}: {key} must be {kind}, got {str(value).lower()}")
         text = ",".join(map(str, value)) if isinstance(value, list) else str(value)
         arguments.append(name if switch else f"{name}={text}")

@@ -1,8 +1,9 @@
 """Global density as a pure function of the step.
 
 Each schedule is a frozen dataclass with `target` (the density at the end), `density(step)` in (0, 1] and
-`due(step)`: whether a topology update follows optimizer step number `step` (counted from 1). Where `replaces` is False
-its updates drop and grow for the density's sake only. No hidden state, so resuming needs the step only.
+`due(step)`: whether a topology update follows optimizer step number `step` (counted from 1). `end` is the run's last
+step. Where `replaces` is False its updates drop and grow for the density's sake only. No hidden state, so resuming
+needs the step only.
 """
 
 from __future__ import annotations
@@ -13,13 +14,14 @@ from functools import cached_property
 from typing import ClassVar
 
 from ..errors import UsageError
+from .protocols import option
 from .registry import density as registry
 
 
-def check_density(value: float, flag: str = "--density") -> None:
+def check_density(value: float, name: str = "density") -> None:
     """Raise `UsageError` unless 0 < value <= 1 (NaN is refused too)."""
     if not 0 < value <= 1:
-        raise UsageError(f"{flag} must be in (0, 1], got {value}")
+        raise UsageError(f"`{name}` must be in (0, 1], got {value}")
 
 
 @registry.register("constant")
@@ -31,7 +33,7 @@ class Constant:
     frequency: int | None = None
     end: float = math.inf
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         check_density(self.target)
         _check_frequency(self.frequency)
 
@@ -52,6 +54,7 @@ class Cyclic:
     [0, 1) the density is `target * (1 + (multiplier - 1) * s)`, s = 1 - |2p - 1| (triangular) or
     (1 - cos 2 pi p) / 2 (cosine). Updates come every `cyclic_frequency` steps, and at the middle and the end of
     every cycle, so that its peak and its close are met exactly; afterwards every `frequency` steps before `end`.
+    Inside the cycles an update grows or drops for the density's sake; with `replace` it replaces weights as well.
 
     Raises `UsageError` for a peak density over 1, or cycles that do not close before `end`.
     """
@@ -65,36 +68,37 @@ class Cyclic:
     cyclic_frequency: int = 1
     frequency: int | None = None
     end: float = math.inf
+    replace: bool = False
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         check_density(self.target)
         _check_frequency(self.frequency)
-        _check_frequency(self.cyclic_frequency, "--east-cyclic-update-frequency")
+        _check_frequency(self.cyclic_frequency, "cyclic_frequency")
         allowed = (
-            ("--east-cyclic-pattern", self.pattern, self.pattern in PATTERNS, f"one of {', '.join(PATTERNS)}"),
-            ("--east-cyclic-multiplier", self.multiplier, 1 <= self.multiplier < math.inf, "at least 1"),
-            ("--east-cyclic-cycles", self.cycles, self.cycles >= 1, "at least 1"),
-            ("--east-cyclic-length", self.length, self.length >= 2, "at least 2 steps"),
-            ("--east-cyclic-length-mult", self.length_mult, 0 < self.length_mult < math.inf, "over 0"),
+            ("pattern", self.pattern, self.pattern in PATTERNS, f"one of {', '.join(PATTERNS)}"),
+            ("multiplier", self.multiplier, 1 <= self.multiplier < math.inf, "at least 1"),
+            ("cycles", self.cycles, self.cycles >= 1, "at least 1"),
+            ("length", self.length, self.length >= 2, "at least 2 steps"),
+            ("length_mult", self.length_mult, 0 < self.length_mult < math.inf, "over 0"),
         )
-        for flag, value, good, what in allowed:
+        for name, value, good, what in allowed:
             if not good:
-                raise UsageError(f"{flag} must be {what}, got {value}")
+                raise UsageError(f"`{name}` must be {what}, got {value}")
         if self.target * self.multiplier > 1:
             raise UsageError(
-                f"--east-cyclic-multiplier {self.multiplier:g} takes the density {self.target:g} to "
+                f"`multiplier` {self.multiplier:g} takes the density {self.target:g} to "
                 f"{self.target * self.multiplier:g}; allowed is at most {1 / self.target:g}"
             )
         try:
             close = float(self.close)
         except OverflowError:
             raise UsageError(
-                f"--east-cyclic-length-mult {self.length_mult:g}: {self.cycles} such cycles never close; "
+                f"`length_mult` {self.length_mult:g}: {self.cycles} such cycles never close; "
                 f"allowed is before training's last step, {self.end:g}"
             ) from None
         if close >= self.end:
             raise UsageError(
-                f"--east-cyclic-length: {self.cycles} cycles close at step {close:.12g}; "
+                f"`length`: {self.cycles} cycles close at step {close:.12g}; "
                 f"allowed is before training's last step, {self.end:g}"
             )
 
@@ -111,6 +115,10 @@ class Cyclic:
     def close(self) -> int:
         """First step at which the density is the target for good."""
         return self.bounds[-1]
+
+    def replaces(self, step: int) -> bool:
+        """Whether the update at `step` replaces weights."""
+        return self.replace or step > self.close
 
     def density(self, step: int) -> float:
         if not 0 < step < self.close:
@@ -138,6 +146,38 @@ class Cyclic:
         return next((a, b) for a, b in zip(self.bounds, self.bounds[1:], strict=False) if a <= step < b)
 
 
+@registry.register("cyclic-open")
+@dataclass(frozen=True)
+class OpenCyclic(Cyclic):
+    """Cycles as the authors' code of EAST runs them (ES2, `sparselearning/core.py`): updates at multiples of
+    `cyclic_frequency`, counted from the start of training, and none that closes the last cycle.
+
+    The density that the last of them asks for stays: 1.2 times the target with triangular cycles of 17,600 steps,
+    updates every 350 and a peak of 10. The phase of step t of a cycle of n steps is (t - 1) / n. The first update
+    after the cycles comes at the next multiple of `cyclic_frequency`, the others every `frequency` steps.
+    """
+
+    @property
+    def last(self) -> int:
+        """Step of the last update inside the cycles; 0 where there is none."""
+        return self.close // self.cyclic_frequency * self.cyclic_frequency
+
+    def density(self, step: int) -> float:
+        step = min(step, self.last)
+        if step <= 0:
+            return self.target
+        start, stop = next(pair for pair in zip(self.bounds, self.bounds[1:], strict=False) if step <= pair[1])
+        swing = PATTERNS[self.pattern]((step - start - 1) / (stop - start))
+        return self.target * (1 + (self.multiplier - 1) * swing)
+
+    def due(self, step: int) -> bool:
+        if step <= 0 or step >= self.end:
+            return False
+        if step <= self.last + self.cyclic_frequency:
+            return step % self.cyclic_frequency == 0
+        return self.frequency is not None and step % self.frequency == 0
+
+
 PATTERNS = {
     "triangular": lambda phase: 1 - abs(2 * phase - 1),
     "cosine": lambda phase: (1 - math.cos(2 * math.pi * phase)) / 2,
@@ -151,25 +191,30 @@ class Gradual:
     al. 2021), updates every `frequency` steps and at `stop`, so that it ends exactly on target."""
 
     target: float
-    initial: float = 0.5
-    start: int = 0
-    stop: int = 1
+    initial: float = option(0.5, "density at the beginning", type=float)
+    start: int = option(0, "step at which the fall begins", type=int)
+    stop: int | None = option(None, "step at which it ends (default: half of the run)", type=int)
     frequency: int | None = None
     end: float = math.inf
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         check_density(self.target)
-        check_density(self.initial, "--initial-density")
+        check_density(self.initial, "initial")
         _check_frequency(self.frequency)
-        if not 0 <= self.start < self.stop < self.end:
-            raise UsageError(f"gradual pruning must run inside training: {self.start} to {self.stop} of {self.end:g}")
+        if not 0 <= self.start < self.last < self.end:
+            raise UsageError(f"gradual pruning must run inside training: {self.start} to {self.last} of {self.end:g}")
+
+    @property
+    def last(self) -> int:
+        """Step at which the density reaches the target."""
+        return _half_way(self.stop, self.end)
 
     def density(self, step: int) -> float:
-        left = 1 - min(max((step - self.start) / (self.stop - self.start), 0.0), 1.0)
+        left = 1 - min(max((step - self.start) / (self.last - self.start), 0.0), 1.0)
         return self.target + (self.initial - self.target) * left**3
 
     def due(self, step: int) -> bool:
-        if step == self.stop:
+        if step == self.last:
             return True
         return self.frequency is not None and 0 < step < self.end and step % self.frequency == 0
 
@@ -180,21 +225,38 @@ class OneShot:
     """Density `initial` up to step `stop`, then `target` at once: what the prune rule finds most important stays."""
 
     target: float
-    initial: float = 1.0
-    stop: int = 1
+    initial: float = option(1.0, "density up to the step", type=float)
+    stop: int | None = option(None, "the step (default: half of the run)", type=int)
+    frequency: int | None = None
+    end: float = math.inf
     replaces: ClassVar[bool] = False
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         check_density(self.target)
-        check_density(self.initial, "--initial-density")
+        check_density(self.initial, "initial")
+        _half_way(self.stop, self.end)
+
+    @property
+    def last(self) -> int:
+        """Step at which the density falls."""
+        return _half_way(self.stop, self.end)
 
     def density(self, step: int) -> float:
-        return self.initial if step < self.stop else self.target
+        return self.initial if step < self.last else self.target
 
     def due(self, step: int) -> bool:
-        return step == self.stop
+        return step == self.last
 
 
-def _check_frequency(frequency: int | None, flag: str = "--update-frequency") -> None:
+def _half_way(stop: int | None, end: float) -> int:
+    """`stop`, or half of the run; raises `UsageError` where the run has no end to take half of."""
+    if stop is not None:
+        return stop
+    if end == math.inf:
+        raise UsageError("`stop` is missing: the step at which the density is the target")
+    return max(1, int(end) // 2)
+
+
+def _check_frequency(frequency: int | None, name: str = "update_frequency") -> None:
     if frequency is not None and frequency < 1:
-        raise UsageError(f"{flag} must be at least 1 step, got {frequency}")
+        raise UsageError(f"`{name}` must be at least 1 step, got {frequency}")

@@ -1,13 +1,49 @@
-"""What a rule sees of a layer."""
+"""What a plugin is: one contract for each kind, and what a rule sees of a layer.
+
+A plugin is a function, or a frozen dataclass whose instances are called in its place. Fields of such a dataclass that
+`option` makes are the plugin's own options: they become flags (`--growth x --growth-tau 0.1`), keys of configuration
+files, and lines of help, for built-in plugins, `module:name` and entry points alike.
+
+    @growth.register("mine", needs=("grad",))
+    @dataclass(frozen=True)
+    class Mine:
+        "Largest gradients, those of small weights first."
+
+        tau: float = option(0.1, "weights up to this size count as small", type=float)
+
+        def __call__(self, layer: Layer) -> Tensor:
+            return layer.grad.abs() / (layer.weight.abs() + self.tau)
+"""
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, Any, Literal, Protocol, get_args
 
 from ..errors import UsageError
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor, nn
+
+#: What a rule may declare that it needs of a layer: the dense gradient of the loss, or its running average.
+Need = Literal["grad", "momentum"]
+NEEDS: tuple[str, ...] = get_args(Need)
+
+
+def option(default: Any, help: str, **flag: Any) -> Any:
+    """A dataclass field with what `argparse` needs to make a flag of it (`type`, `choices`, `metavar`, `aliases`); one
+    with a default of True or False becomes a switch."""
+    return dataclasses.field(default=default, metadata={"help": help, **flag})
+
+
+def options_of(plugin: Any) -> tuple[dataclasses.Field[Any], ...]:
+    """The fields of a plugin's class that `option` made; none where it is no dataclass."""
+    if not dataclasses.is_dataclass(plugin):
+        return ()
+    return tuple(field for field in dataclasses.fields(plugin) if "help" in field.metadata)
 
 
 @dataclass
@@ -42,3 +78,81 @@ class Layer:
         if tensor is None:
             raise UsageError(f"layer {self.name} has no {what}")
         return tensor
+
+
+class GrowthRule(Protocol):
+    """One score a weight; the host grows the inactive ones with the highest, exactly as many as it wants."""
+
+    def __call__(self, layer: Layer, /) -> Tensor: ...
+
+
+class PruneRule(Protocol):
+    """The importance of every weight; the host drops the active ones with the lowest. `inf`: do not replace."""
+
+    def __call__(self, layer: Layer, /) -> Tensor: ...
+
+
+class RedistributionRule(Protocol):
+    """A layer's share of the weights grown in one update, a number >= 0."""
+
+    def __call__(self, layer: Layer, /) -> Tensor | float: ...
+
+
+class LayerShare(Protocol):
+    """An allocation that knows a layer's shape only, or where it stands (`allocation.position.Place`; registered with
+    `places=True`): the layer's weight in the split of the active weights."""
+
+    def __call__(self, shape: Any, /) -> float: ...
+
+
+class LayerCounts(Protocol):
+    """An allocation (registered with `counts=True`) that says itself how many weights each layer has, of `wanted` over
+    all; `start`: in the masks that training begins with. Their sum may differ from `wanted`."""
+
+    def __call__(self, shapes: Mapping[str, Sequence[int]], wanted: float, start: bool, /) -> dict[str, int]: ...
+
+
+class MaskDraw(Protocol):
+    """An allocation that draws masks itself (registered with `draws=True`): boolean CPU tensors with `budgets[name]`
+    active weights each, or with their sum over all where it is registered with `keeps_counts=True`."""
+
+    def __call__(
+        self, model: nn.Module, budgets: Mapping[str, int], input_shape: Sequence[int], generator: torch.Generator, /
+    ) -> dict[str, Tensor]: ...
+
+
+class DensitySchedule(Protocol):
+    """The global density as a pure function of the step, and the steps (counted from 1) after which the topology is
+    updated. Built as `schedule(target, frequency=..., end=..., **options)`: the final density, steps between updates
+    (None: never), and the run's last step. A schedule whose attribute `replaces` is False only grows or only drops."""
+
+    @property
+    def target(self) -> float: ...
+
+    def density(self, step: int, /) -> float: ...
+
+    def due(self, step: int, /) -> bool: ...
+
+
+class RateDecay(Protocol):
+    """The prune rate as a pure function of the step, in [0, 1]. Built as `decay(initial, steps, **options)`."""
+
+    def __call__(self, step: int, /) -> float: ...
+
+
+class ActivationFactory(Protocol):
+    """The module that stands in for a ReLU of `num_channels` channels: same shapes in and out, channels second."""
+
+    def __call__(self, num_channels: int, /) -> nn.Module: ...
+
+
+class Transform(Protocol):
+    """A change of a model before its optimizer is made: in place, or the model to take in its place."""
+
+    def __call__(self, model: nn.Module, /, *args: Any, **options: Any) -> Any: ...
+
+
+class HostPlugin(Protocol):
+    """Called with the host at the end of every step."""
+
+    def __call__(self, host: Any, /) -> None: ...

@@ -6,10 +6,13 @@ exact).
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
-from .protocols import Layer
+from ..errors import UsageError
+from .protocols import Layer, option
 from .registry import pruning
 
 
@@ -29,11 +32,20 @@ def smallest_of_each_sign(layer: Layer) -> Tensor:
     return importance
 
 
-@pruning.register("threshold", options=("threshold",))
-def threshold(layer: Layer, threshold: float = 0.001) -> Tensor:
+@pruning.register("threshold")
+@dataclass(frozen=True)
+class Threshold:
     """Magnitudes up to the threshold, and those alone: larger weights are not replaced (sparse_learning)."""
-    size = layer.weight.abs()
-    return size.masked_fill(size > threshold, torch.inf)
+
+    threshold: float = option(0.001, "largest magnitude that is pruned", type=float)
+
+    def __post_init__(self) -> None:
+        if not self.threshold >= 0:
+            raise UsageError(f"`threshold` must be at least 0, got {self.threshold}")
+
+    def __call__(self, layer: Layer) -> Tensor:
+        size = layer.weight.abs()
+        return size.masked_fill(size > self.threshold, torch.inf)
 
 
 @pruning.register("taylor", needs=("grad",))

@@ -1,4 +1,4 @@
-"""Decay of the prune rate (ITOP: death rate) over training.
+"""Decay of the prune rate over training.
 
 Each is a frozen dataclass called with the step: `rate(step)` in [0, 1], constant past its end.
 """
@@ -9,6 +9,7 @@ import math
 from dataclasses import dataclass
 
 from ..errors import UsageError
+from .protocols import option
 from .registry import rate as registry
 
 
@@ -21,14 +22,14 @@ class RateDecay:
 
     initial: float
     steps: int
-    final: float = 0.005
+    final: float = option(0.005, "rate at the end of the run", type=float)
 
     def __post_init__(self):
         for value in (self.initial, self.final):
             if not 0 <= value <= 1:
-                raise UsageError(f"--death-rate must be in [0, 1], got {value}")
+                raise UsageError(f"`death_rate` must be in [0, 1], got {value}")
         if self.steps < 1:
-            raise UsageError(f"the death rate needs at least 1 step to decay over, got {self.steps}")
+            raise UsageError(f"the prune rate needs at least 1 step to decay over, got {self.steps}")
         object.__setattr__(self, "final", min(self.final, self.initial))
 
     def fraction(self, step: int) -> float:

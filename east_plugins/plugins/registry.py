@@ -3,15 +3,26 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
+import functools
 import importlib
 import inspect
+import logging
 import pkgutil
-from collections.abc import Callable
+import re
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from importlib.metadata import entry_points
-from typing import Any
+from importlib.metadata import EntryPoint, entry_points
+from typing import Any, Generic, Protocol, TypeVar, overload
 
 from ..errors import DuplicateNameError, UnknownNameError, UsageError
+from . import protocols
+from .protocols import options_of
+
+logger = logging.getLogger(__name__)
+
+P = TypeVar("P")
+C = TypeVar("C")
 
 
 @dataclass(frozen=True)
@@ -24,8 +35,41 @@ class Entry:
     source: str
     meta: dict[str, Any] = field(default_factory=dict)
 
+    @property
+    def options(self) -> tuple[dataclasses.Field[Any], ...]:
+        """The plugin's own options; none where it is a plain function."""
+        return options_of(self.object)
 
-class Registry:
+    def bound(self, values: Mapping[str, Any] | None = None) -> Any:
+        """The plugin with its options set: what is called.
+
+        An instance of a plugin that is a dataclass; where that class needs more than its options (a schedule its
+        target), the class with the options bound. Raises `UsageError` for an option that the plugin does not have.
+        """
+        values = dict(values or {})
+        if unknown := [name for name in values if name not in {field.name for field in self.options}]:
+            raise UsageError(f"{self.name} has no option {unknown[0]!r}; {self._known_options()}")
+        if not (isinstance(self.object, type) and dataclasses.is_dataclass(self.object)):
+            return self.object
+        required = (f for f in dataclasses.fields(self.object) if f.init)
+        if any(f.default is f.default_factory is dataclasses.MISSING for f in required):
+            return functools.partial(self.object, **values) if values else self.object
+        return self.object(**values)
+
+    def _known_options(self) -> str:
+        return f"its options: {', '.join(f.name for f in self.options)}" if self.options else "it has none"
+
+
+class Registering(Protocol[P]):
+    """The decorator that `register` returns; a class may be registered in place of its instances."""
+
+    @overload
+    def __call__(self, obj: type[C], /) -> type[C]: ...
+    @overload
+    def __call__(self, obj: P, /) -> P: ...
+
+
+class Registry(Generic[P]):
     """Names of one kind of plugin.
 
     A look-up searches the built-in names, then entry points of group `east_plugins.<kind>`, then reads
@@ -38,16 +82,19 @@ class Registry:
         self.kind = kind
         self._builtin = builtin
         self._entries: dict[str, Entry] = {}
+        self._broken: dict[str, str] = {}
         self._loaded = False
 
-    def register(self, name: str, *, help: str | None = None, source: str | None = None, **meta) -> Callable:
-        """Decorator that registers an object under `name`; `help` defaults to its docstring's first line.
+    def register(self, name: str, *, help: str | None = None, source: str | None = None, **meta: Any) -> Registering[P]:
+        """Decorator that registers an object under `name`; `help` defaults to its docstring's first sentence.
 
         `meta` is added to the object's `east_meta`, so that it is known however the object is found. Raises
-        `DuplicateNameError` where the name is another object's.
+        `DuplicateNameError` where the name is another object's, and `UsageError` for a need that no host meets.
         """
+        if unknown := [need for need in meta.get("needs", ()) if need not in protocols.NEEDS]:
+            raise UsageError(f"{self.kind} {name!r} needs {unknown[0]!r}; allowed are {', '.join(protocols.NEEDS)}")
 
-        def add(obj):
+        def add(obj: Any) -> Any:
             key = _key(name)
             known = self._entries.get(key)
             if known and known.object is not obj:
@@ -69,11 +116,17 @@ class Registry:
             return found
         if ":" in name:
             return self._import(name)
+        if reason := self._broken.get(_key(name)):
+            raise UsageError(f"{self.kind} {name!r} {reason}")
         raise UnknownNameError(self.kind, name, self.names())
 
     def get(self, name: str) -> Any:
         """The registered object called `name`; raises as `entry`."""
         return self.entry(name).object
+
+    def bound(self, name: str, options: Mapping[str, Any] | None = None) -> Any:
+        """The plugin called `name` with its options set; raises as `entry` and `Entry.bound`."""
+        return self.entry(name).bound(options)
 
     def names(self) -> list[str]:
         return [entry.name for entry in self.entries()]
@@ -83,24 +136,32 @@ class Registry:
         self._load()
         return sorted(self._entries.values(), key=lambda entry: entry.name.lower())
 
-    def _load(self):
+    def _load(self) -> None:
         if self._loaded:
             return
         if self._builtin is not None:
             package = importlib.import_module(self._builtin)
             for module in pkgutil.iter_modules(getattr(package, "__path__", ())):
                 importlib.import_module(f"{self._builtin}.{module.name}")
-        for point in entry_points(group=f"east_plugins.{self.kind}"):
-            self.register(point.name, source=f"entry point {point.value}")(point.load())
         self._loaded = True
+        for point in entry_points(group=f"east_plugins.{self.kind}"):
+            self._add(point)
+
+    def _add(self, point: EntryPoint) -> None:
+        """Take up an entry point; one that cannot be loaded is somebody else's fault, and stops nothing here."""
+        source = f"entry point {point.value}"
+        try:
+            self.register(point.name, source=source)(point.load())
+        except Exception as error:  # whatever the other package raises
+            self._broken[_key(point.name)] = reason = f"({source}) cannot be loaded: {_one_line(error)}"
+            logger.warning("%s %r %s", self.kind, point.name, reason)
 
     def _import(self, spec: str) -> Entry:
         module, _, attribute = spec.partition(":")
         try:
             obj = getattr(importlib.import_module(module), attribute)
         except Exception as error:  # whatever the user's module raises
-            reason = " ".join(f"{type(error).__name__}: {error}".split())
-            raise UsageError(f"{self.kind} {spec!r} cannot be imported: {reason}") from error
+            raise UsageError(f"{self.kind} {spec!r} cannot be imported: {_one_line(error)}") from error
         declared = getattr(obj, "east_meta", {})
         return _entry(spec, obj, None, spec, declared)
 
@@ -109,25 +170,39 @@ def _key(name: str) -> str:
     return name.lower().replace("-", "_")
 
 
-def _entry(name: str, obj: Any, help: str | None, source: str | None, meta: dict) -> Entry:
-    first_line = (inspect.getdoc(obj) or "").strip().split("\n", 1)[0]
-    module = getattr(obj, "__module__", "?")
-    return Entry(name, obj, first_line if help is None else help, source or f"{module}", meta)
+def _one_line(error: Exception) -> str:
+    return " ".join(f"{type(error).__name__}: {error}".split())
 
 
-def _builtin(kind: str) -> Registry:
+def _entry(name: str, obj: Any, help: str | None, source: str | None, meta: dict[str, Any]) -> Entry:
+    return Entry(name, obj, _first_sentence(obj) if help is None else help, source or _module(obj), meta)
+
+
+def _module(obj: Any) -> str:
+    return str(getattr(obj, "__module__", "?"))
+
+
+def _first_sentence(obj: Any) -> str:
+    """Of a docstring's first paragraph; abbreviations such as `et al.` go on in small letters or figures."""
+    paragraph = " ".join((inspect.getdoc(obj) or "").strip().split("\n\n", 1)[0].split())
+    return re.split(r"(?<=\.)\s+(?=[A-Z`])", paragraph, maxsplit=1)[0]
+
+
+def _builtins(kind: str) -> Registry[Any]:
     """The registry of a kind whose built-in plugins are the module, or the package, of the kind's own name."""
     return Registry(kind, f"{__package__}.{kind}")
 
 
-growth = _builtin("growth")
-pruning = _builtin("pruning")
-redistribution = _builtin("redistribution")
-allocation = _builtin("allocation")
-density = _builtin("density")
-rate = _builtin("rate")
-activation = _builtin("activation")
-transform = _builtin("transform")
+growth: Registry[protocols.GrowthRule] = _builtins("growth")
+pruning: Registry[protocols.PruneRule] = _builtins("pruning")
+redistribution: Registry[protocols.RedistributionRule] = _builtins("redistribution")
+allocation: Registry[protocols.LayerShare | protocols.LayerCounts | protocols.MaskDraw] = _builtins("allocation")
+density: Registry[protocols.DensitySchedule] = _builtins("density")
+rate: Registry[protocols.RateDecay] = _builtins("rate")
+activation: Registry[protocols.ActivationFactory] = _builtins("activation")
+transform: Registry[protocols.Transform] = _builtins("transform")
 
-ALL = (growth, pruning, redistribution, allocation, density, rate, activation, transform)
+ALL: tuple[Registry[Any], ...] = (
+    growth, pruning, redistribution, allocation, density, rate, activation, transform,
+)  # fmt: skip
 BY_KIND = {registry.kind: registry for registry in ALL}

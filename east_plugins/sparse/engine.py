@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
 import math
+import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
@@ -18,13 +20,16 @@ from ..host.masking import Masking
 from ..host.packed import Copies
 from ..ops import distributed
 from ..ops.active import Active
+from ..ops.marks import PluginModule
 from ..ops.maskable import layers, maskable, unwrap
-from ..ops.modes import training_mode
+from ..ops.substitute import spared_buffers
 from ..ops.swap import restore, swap
 from ..plugins.transform.sharing import scale_of
+from . import kernel
+from .check import Check, unseen
 from .copies import CompiledCopies
 from .gradient import GradientPlan, gradient_plans
-from .layers import PLAIN, LayerPlan, NormPlan, Planned, Sink, Slot
+from .layers import PLAIN, LayerPlan, NormPlan, Planned, Sink, Slot, in_backward
 from .liveness import Liveness
 
 logger = logging.getLogger(__name__)
@@ -47,10 +52,15 @@ class Engine:
     from the same channels (`gradient`), or for networks that are not convolutions and linear layers after them by a
     dense step.
 
-    The model takes one tensor; calls with other arguments are dense.
+    The model takes one tensor; calls with other arguments are dense. Before plans are used, outputs and gradients are
+    compared with the dense ones in float64 (`check`); a network in which they differ is computed densely.
 
-    Gradients of weights appear in `.grad` as dense tensors that are zero at inactive weights. They do not pass through
-    autograd's accumulation: hooks on those parameters are not called, and `torch.autograd.grad` of them gives None.
+    `.grad` of a masked weight is the gradient of its active values, a dense tensor that is zero elsewhere, after every
+    backward pass of the model, be it sparse or dense; rules that grow by the dense gradient get it from here. So do
+    clipping and logs see one and the same norm at every step. `torch.autograd.grad` of a weight gives the same.
+    While somebody's hooks hang on a masked weight, passes are dense, and the hooks get dense gradients. Gradients
+    cannot be differentiated again. Where dropout follows channels that were left out, it draws other random numbers
+    than in the dense network.
 
     Args:
         host: our host, after `add_module`.
@@ -61,7 +71,7 @@ class Engine:
 
     def __init__(self, host: Masking, input_shape: Sequence[int], engine: str = "auto"):
         if engine not in ENGINES:
-            raise UsageError(f"--engine must be one of {', '.join(ENGINES)}, got {engine!r}")
+            raise UsageError(f"`engine` must be one of {', '.join(ENGINES)}, got {engine!r}")
         self.host, self.input_shape, self.choice = host, tuple(input_shape), engine
         self.model = unwrap(host.modules[0])
         self.reason = "it was asked for" if engine == "dense" else _cannot(host, self.model)
@@ -69,7 +79,7 @@ class Engine:
         self._sinks: dict[str, Sink] = {}
         self._plans: Plans | None = None
         self._gradient_plans: Plans | None = None
-        self._gives_gradients: set[bool] = set()
+        self._gives_gradients: set[Any] = set()  # kinds of plans whose gradients were found right
         self._kept: Kept = {}
         self._masks: tuple | None = None
         self._liveness: Liveness | None = None
@@ -77,21 +87,24 @@ class Engine:
         named = {id(weight): name for name, weight in self._weights.items()}
         self._names = {module: named[id(module.weight)] for _, module in layers(self.model)}
         self._versions: list[int] | None = None
-        self._foreign = False
+        self._foreign = self._hooked = False
         self._narrow = True
-        self._forced: list[Plans | None] = []
+        self._check = Check(self.model, self._forcing, input_shape)
+        self._agreed: set[Any] = set()  # modes in which the present plans were found right
         self._seconds: dict[tuple, float] = {}
         self._handles: list[Any] = []
-        self._planned = False  # whether slots hold plans
+        self._thread = _Thread()
+        self._lock = threading.RLock()
         if self.reason is None:
             self._attach()
         elif engine != "dense":
-            logger.log(logging.WARNING if engine == "sparse" else logging.INFO, "the engine is dense: %s", self.reason)
+            unwanted = engine == "sparse" or "momentum" in host.needs  # the latter is ITOP's default, not a choice
+            logger.log(logging.WARNING if unwanted else logging.INFO, "the engine is dense: %s", self.reason)
 
     def remove(self) -> None:
         """Leave the model as it was before."""
         for module in self._slots:
-            restore(module)
+            restore(module, Planned)
             del module.east_slot
         for handle in self._handles:
             handle.remove()
@@ -111,9 +124,20 @@ class Engine:
         """Whether the gradient of a weight is one of active values only, and nobody else wrote to it."""
         return self.holds_gradient(name) and self._sinks[name].is_clean()
 
+    def dense_gradients(self) -> dict[str, Tensor]:
+        """Gradients of all weights by name, of the passes since the last step; there is none where the next step has
+        no update by a rule that needs it."""
+        return {name: sink.dense for name, sink in self._sinks.items() if sink.dense is not None}
+
     def stepped(self) -> None:
         """Called by the host at the end of a step: whatever changed in the weights since the last one was its own."""
         self._versions = [weight._version for weight in self._weights.values()]
+        for sink in self._sinks.values():
+            sink.dense = None
+
+    def __reduce__(self):
+        """Copies and pickles of a host have no engine: its plans are for this very model."""
+        return _no_engine, ()
 
     def state_dict(self) -> dict[str, Any]:
         """The times that `auto` has measured: with them a resumed run chooses alike."""
@@ -128,50 +152,96 @@ class Engine:
         for module in (*self._names, *filter(_is_norm, self.model.modules())):
             module.east_slot = self._slots[module] = Slot()
             swap(module, Planned)
+        enter, leave = map(torch.compiler.disable, (self._enter, self._leave))  # here, as it imports the compiler
         self._handles = [
-            self.model.register_forward_pre_hook(_Hook(self._enter)),
-            self.model.register_forward_hook(_Hook(self._leave), always_call=True),
+            self.model.register_forward_pre_hook(_Hook(enter)),
+            self.model.register_forward_hook(_Hook(leave), always_call=True),
         ]
+        for name, weight in self._weights.items():
+            if weight.requires_grad:
+                hook = _Hook(functools.partial(self._accumulated, name))
+                self._handles.append(weight.register_post_accumulate_grad_hook(hook))
         self.host.engine = self
         self.host.packed.copies = CompiledCopies
 
-    @torch.compiler.disable
     def _enter(self, model: nn.Module, args: tuple) -> None:
-        usual = len(args) == 1 and isinstance(args[0], Tensor)
-        plans = self._forced[-1] if self._forced else self._choose(args[0]) if usual else None
-        if plans is None and not self._planned:
+        if self._thread.forced:
+            plans = self._thread.forced[-1]
+        else:
+            usual = len(args) == 1 and isinstance(args[0], Tensor) and args[0].numel() > 0
+            with self._lock:
+                plans = self._choose(args[0]) if usual else None
+        again = torch.is_grad_enabled()
+        if plans is None and not self._thread.planned and not again:
             return
-        self._planned = plans is not None
+        self._thread.planned = plans is not None
         for module, slot in self._slots.items():
             slot.plan = plans.get(module) if plans else None
+            if again:
+                slot.last.plan = slot.plan
 
-    @torch.compiler.disable
     def _leave(self, model: nn.Module, args: tuple, output: Any) -> None:
-        if not self._planned:
+        if not self._thread.planned:
             return
-        self._planned = False
+        self._thread.planned = False
         for slot in self._slots.values():
             slot.plan = None
 
+    def _accumulated(self, name: str, weight: Tensor) -> None:
+        """Autograd has added the dense gradient of a weight to `grad`."""
+        if self._thread.forced or name not in self.host.masks or self._is_hooked():
+            return
+        self._sink(name).take(wanted=self.host.dense_gradient_next)
+
+    def _sink(self, name: str) -> Sink:
+        """The sink of a weight, at the positions that are active by now."""
+        weight, before = self._weights[name], self._sinks.get(name)
+        if name not in self.host.masks:
+            active = before.active if before else Active(torch.ones_like(weight, dtype=torch.bool))
+        else:
+            active = self.host.active(name)
+        if before is None or before.active is not active:
+            self._sinks[name] = Sink(weight, active, before)
+            self._sinks[name].dense = before.dense if before else None
+        return self._sinks[name]
+
     def _choose(self, x: Tensor) -> Plans | None:
         """The plans of a forward pass, None for a dense one."""
-        if self.dense or (self.choice == "auto" and self._was_slower(x)):
+        training = torch.is_grad_enabled()
+        if training and self.host.dense_gradient_next and not in_backward():
+            for sink in self._sinks.values():
+                sink.begin()
+        if self.dense or self._is_hooked() or (self.choice == "auto" and self._was_slower(x)):
             return None
         if not self._weights_are_the_hosts() or not self._inactive_are_zero():
             return None
         masks = (*((id(mask), mask._version) for mask in self.host.masks.values()), _reads_all_channels(self.model))
         if masks != self._masks:
-            self._plans, self._masks, self._gradient_plans = self._plan(x), masks, None
+            self._plans, self._masks, self._gradient_plans = self._plan(), masks, None
+        self._settle(x)
         if self._plans is None or (self.choice == "auto" and self._is_slower(x)):
             return None
-        if self.model.training and torch.is_grad_enabled() and self.host.dense_gradient_next:
-            return self._with_dense_gradient()
+        if self.model.training and training and self.host.dense_gradient_next:
+            return self._with_dense_gradient(x)
         return self._plans
+
+    def _is_hooked(self) -> bool:
+        """Whether somebody's hooks wait for the gradients of masked weights."""
+        for name, weight in self._weights.items():
+            ours = 1 if weight.requires_grad else 0
+            if weight._backward_hooks or len(weight._post_accumulate_grad_hooks or ()) > ours:
+                if not self._hooked:
+                    logger.warning("dense passes: a hook hangs on the gradient of %s", name)
+                self._hooked = True
+                return True
+        self._hooked = False
+        return False
 
     def _weights_are_the_hosts(self) -> bool:
         """False inside `functional_call` and in replicas, whose weights are other tensors."""
         return all(module.weight is self._weights[name] for module, name in self._names.items())
 
+    @torch.no_grad()
     def _inactive_are_zero(self) -> bool:
         """Whether the weights are those of the masks; looked at where somebody else than the host wrote to them."""
         versions = [weight._version for weight in self._weights.values()]
@@ -184,31 +254,47 @@ class Engine:
 
     # ------------------------------------------------------------------ planning, once for a topology
 
-    def _plan(self, x: Tensor) -> Plans | None:
-        sinks = {}
-        for name, weight in self._weights.items():
-            masked = name in self.host.masks
-            active = self.host.active(name) if masked else Active(torch.ones_like(weight, dtype=torch.bool))
-            sinks[name] = Sink(weight, active, self._sinks.get(name))
-        self._sinks = sinks
-        for kept in self._candidates():
-            plans = self._plans_for(kept, self._sinks)
-            if self._agrees(plans):
-                self._kept = kept
-                return plans
-        self.reason = "the sparse computation of this network gives another result than the dense one"
-        logger.warning("the engine is dense from now on: %s", self.reason)
-        return None
+    def _plan(self) -> Plans:
+        self._agreed.clear()
+        return self._plans_for(self._keep(), {name: self._sink(name) for name in self._weights})
 
-    def _candidates(self) -> Iterator[Kept]:
-        """The touched channels, then all channels, for networks that mix them in ways of their own."""
+    def _keep(self) -> Kept:
+        """The touched channels; all of them in networks that mix channels in ways of their own."""
         if self._narrow:
-            with self._forcing(None):
-                self._liveness = self._liveness or Liveness(self.model, self.input_shape)
-            yield self._liveness.kept(self.host.masks)
-            logger.warning("all channels are computed: the network does more with them than the engine can follow")
-            self._narrow = False
-        yield _all_channels(self._slots)
+            try:
+                with self._forcing(None):
+                    self._liveness = self._liveness or Liveness(self.model, self.input_shape)
+                self._kept = self._liveness.kept(self.host.masks)
+                return self._kept
+            except Exception as error:
+                logger.info("the channels of this network cannot be followed: %s", error)
+                self._widen()
+        self._kept = _all_channels(self._slots)
+        return self._kept
+
+    def _widen(self) -> None:
+        logger.warning("all channels are computed: the network does more with them than the engine can follow")
+        self._narrow = False
+
+    def _settle(self, x: Tensor) -> None:
+        """See to it that the plans give the dense results in the model's mode, or there are none."""
+        while self._plans is not None and self.model.training not in self._agreed:
+            kind = self.model.training, self._narrow, _reads_all_channels(self.model)
+            gradients = "" if kind in self._gives_gradients or not self.model.training else "active"
+            check = functools.partial(self._check.agrees, self._plans, x, self._masks_by_id(), gradients=gradients)
+            if unseen(check):
+                self._agreed.add(self.model.training)
+                self._gives_gradients.add(kind)
+            elif self._narrow:
+                self._widen()
+                self._plans = self._plan()
+            else:
+                self.reason = "the sparse computation of this network gives another result than the dense one"
+                logger.warning("the engine is dense from now on: %s", self.reason)
+                self._plans = None
+
+    def _masks_by_id(self) -> dict[int, Tensor]:
+        return {id(self._weights[name]): mask for name, mask in self.host.masks.items()}
 
     def _plans_for(self, kept: Kept, sinks: dict[str, Sink]) -> Plans:
         split = self._narrow and _reads_all_channels(self.model)
@@ -218,51 +304,22 @@ class Engine:
             for module in self._slots
         }  # fmt: skip
 
-    def _with_dense_gradient(self) -> Plans | None:
+    def _with_dense_gradient(self, x: Tensor) -> Plans | None:
         """Plans that also give the dense gradients; None for networks in which they would come out wrong."""
         if not next(iter(self._weights.values())).is_cpu:  # its passes are compiled ones
             return None
         all_read = self._narrow and _reads_all_channels(self.model)
         if self._gradient_plans is None:
             plans = gradient_plans(self._plans, self._kept, all_read)
-            if all_read not in self._gives_gradients and self._agrees(plans, gradients=True):
-                self._gives_gradients.add(all_read)
-            if all_read not in self._gives_gradients:
+            kind = "dense", all_read
+            check = functools.partial(self._check.agrees, plans, x, {}, gradients="dense")
+            if kind not in self._gives_gradients and unseen(check):
+                self._gives_gradients.add(kind)
+            if kind not in self._gives_gradients:
                 logger.info("the step before this update is dense")
                 return None
             self._gradient_plans = plans
         return self._gradient_plans
-
-    def _agrees(self, plans: Plans, gradients: bool = False) -> bool:
-        """Whether a small random batch comes out as from the dense network, in evaluation; or its gradients do."""
-        x = torch.randn(2, *self.input_shape, generator=torch.Generator().manual_seed(0))
-        x = x.to(next(iter(self.host.weights.values())))
-        try:
-            with training_mode(self.model, False), _exactly(x.device.type):
-                sparse, dense = (self._check(x, each, gradients) for each in (plans, None))
-        except (RuntimeError, IndexError, TypeError, AttributeError) as error:
-            logger.info("the network cannot run on fewer channels: %s", str(error).splitlines()[0])
-            return False
-        scale = max(float(dense.abs().max()), 1e-30)
-        return not math.isfinite(scale) or float((sparse - dense).abs().max()) <= 1e-3 * scale
-
-    def _check(self, x: Tensor, plans: Plans | None, gradients: bool) -> Tensor:
-        """The gradients of a batch, or its outputs in float64: where masks are disconnected, norms of constants make
-        large numbers of rounding."""
-        if gradients:
-            return self._gradients(x, plans)
-        tensors = {**dict(self.model.named_parameters()), **dict(self.model.named_buffers())}
-        tensors = {name: tensor.double() for name, tensor in tensors.items() if tensor.is_floating_point()}
-        with torch.no_grad():
-            return self._run(x.double(), plans, tensors)
-
-    def _gradients(self, x: Tensor, plans: Plans | None) -> Tensor:
-        """The dense gradients of all masked weights in one vector, each divided by its size."""
-        with self._borrowed_gradients(), torch.enable_grad():
-            output = self._run(x, plans)
-            output.backward(torch.randn(output.shape, generator=torch.Generator().manual_seed(1)).to(output))
-            found = [self._weights[name].grad for name in self.host.masks]
-            return torch.cat([(grad / grad.norm().clamp_min(1e-30)).flatten().float() for grad in found])
 
     @contextlib.contextmanager
     def _borrowed_gradients(self) -> Iterator[None]:
@@ -276,19 +333,13 @@ class Engine:
             for parameter, gradient in gradients:
                 parameter.grad = gradient
 
-    def _run(self, x: Tensor, plans: Plans | None, tensors: Mapping[str, Tensor] = {}) -> Tensor:
-        """All of the model's outputs in one vector, with plans, parameters and buffers of our choice."""
-        with self._forcing(plans):
-            outputs = tree_leaves(torch.func.functional_call(self.model, dict(tensors), (x,)))
-        return torch.cat([output.flatten() for output in outputs if isinstance(output, Tensor)])
-
     @contextlib.contextmanager
     def _forcing(self, plans: Plans | None) -> Iterator[None]:
-        self._forced.append(plans)
+        self._thread.forced.append(plans)
         try:
             yield
         finally:
-            self._forced.pop()
+            self._thread.forced.pop()
 
     # ------------------------------------------------------------------ measuring, for `auto`
 
@@ -298,7 +349,7 @@ class Engine:
         if self.model.training and torch.is_grad_enabled():
             for key, plans in zip(self._keys(x), (self._plans, None), strict=True):
                 if key not in self._seconds:
-                    self._seconds[key] = self._measure(x, plans)
+                    self._seconds[key] = unseen(functools.partial(self._measure, x, plans))
         return self._was_slower(x)
 
     def _was_slower(self, x: Tensor) -> bool:
@@ -313,18 +364,32 @@ class Engine:
     def _measure(self, x: Tensor, plans: Plans | None) -> float:
         """Seconds of a forward and backward pass, the better of two; nothing in the model changes."""
         if plans is not None:
-            plans = {module: plan.apart() for module, plan in plans.items()}
-        buffers = {name: buffer.clone() for name, buffer in self.model.named_buffers()}
+            sinks: dict[int, Sink] = {}
+            own = {id(weight): weight for weight in self._weights.values()}
+            plans = {module: plan.apart(own, sinks) for module, plan in plans.items()}
         times = []
         with torch.random.fork_rng([] if x.device.type == "cpu" else [x.device], device_type=x.device.type):
             for _ in range(2):
-                with self._borrowed_gradients():
+                with self._borrowed_gradients(), spared_buffers(self.model), self._forcing(plans):
                     began = time.perf_counter()
-                    total = self._run(x.detach(), plans, buffers).sum()
+                    outputs = [t for t in tree_leaves(self.model(x.detach())) if isinstance(t, Tensor)]
+                    total = torch.stack([t.sum() for t in outputs if t.requires_grad]).sum()
                     total.backward()
                     total.detach().item()  # waits for the device
                     times.append(time.perf_counter() - began)
         return min(times)
+
+
+class _Thread(threading.local):
+    """What one thread's passes are."""
+
+    def __init__(self) -> None:
+        self.planned = False  # whether slots hold plans
+        self.forced: list[Plans | None] = []  # plans for passes of our own
+
+
+def _no_engine() -> None:
+    return None
 
 
 class _Hook:
@@ -347,21 +412,20 @@ class _Hook:
 def _cannot(host: Masking, model: nn.Module) -> str | None:
     """Why an engine cannot compute this model for this host."""
     if "momentum" in host.needs:
-        return "a rule needs the dense gradient at every step"
+        return (
+            "a rule needs the dense gradient at every step "
+            f"(growth_mode={host.growth_mode!r}, redistribution_mode={host.redistribution_mode!r}); "
+            "choose growth_mode 'gradient', 'random' or 'random_unfired' and redistribution_mode 'none'"
+        )
     if distributed.active():
         return "DistributedDataParallel reduces dense gradients"
     for name, module in layers(model):
         plain = type(module).forward in PLAIN or scale_of(module) is not None
+        if module.weight.dtype not in kernel.REAL:
+            return f"layer {name} is of {module.weight.dtype}, and not of float32 or float64"
         if not plain or "weight" not in module._parameters:
             return f"layer {name} ({type(module).__name__}) computes with its weight in its own way"
     return None
-
-
-@contextlib.contextmanager
-def _exactly(device_type: str) -> Iterator[None]:
-    """Inside, results depend on rounding only: no autocast, and no cuDNN, which takes TF32 for some shapes."""
-    with torch.autocast(device_type, enabled=False), torch.backends.cudnn.flags(enabled=False):
-        yield
 
 
 def _is_norm(module: nn.Module) -> bool:
@@ -371,7 +435,7 @@ def _is_norm(module: nn.Module) -> bool:
 def _reads_all_channels(model: nn.Module) -> bool:
     """Whether activations of a plugin read means of all channels, as DyReLU does."""
     return any(
-        getattr(module, "east_plugin", False) and any(True for _ in module.parameters()) for module in model.modules()
+        isinstance(module, PluginModule) and any(True for _ in module.parameters()) for module in model.modules()
     )
 
 

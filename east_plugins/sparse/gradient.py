@@ -15,9 +15,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.grad import conv2d_weight
 
-from ..ops.active import Active
 from ..plugins.transform.sharing import scale_of
-from .layers import LayerPlan, NormPlan
+from .layers import LayerPlan, NormPlan, Sink
 from .split import Channels, Split
 from .taps import planes, supported
 
@@ -34,16 +33,6 @@ def gradient_plans(
     }
 
 
-class _Nowhere:
-    """A sink for gradients of active values that are in a dense gradient already."""
-
-    def __init__(self, active: Active):
-        self.active = active
-
-    def add(self, gradient: Tensor) -> None:
-        pass
-
-
 class GradientPlan:
     """As a `LayerPlan` of an `nn.Conv2d` without groups, with the dense gradient of its weight.
 
@@ -57,7 +46,7 @@ class GradientPlan:
 
     def __init__(self, plan: LayerPlan, inputs: Tensor, outputs: Tensor, per_image: bool):
         self.plan, self.sink, self.per_image = copy.copy(plan), plan.sink, per_image
-        self.plan.sink, self.plan.split = _Nowhere(plan.sink.active), None
+        self.plan.split = None
         self.module = plan.module
         device = plan.module.weight.device
         self.inputs = Channels.of(inputs, plan.module.in_channels, device)
@@ -71,27 +60,31 @@ class GradientPlan:
             raise NotImplementedError("a convolution in groups, or without a kernel")
         y = self.plan(kept)
         dense = _DenseGradient(self, kept.detach(), constants)
-        y.register_hook(dense.from_kept)
+        if y.requires_grad:  # not in the first, gradient-free pass of a checkpoint
+            y.register_hook(dense.from_kept)
         if not (self.per_image or len(self.outputs.rest)):
             return y
         rest = y.new_zeros(len(y) if self.per_image else 1, len(self.outputs.rest), 1, 1, requires_grad=True)
         if self.per_image:
             rest = rest.clone()
-            rest.register_hook(dense.from_rest)
+            if rest.requires_grad:
+                rest.register_hook(dense.from_rest)
         if self.module.bias is not None:
             rest = rest + self.module.bias[self.outputs.rest].view(-1, 1, 1)
         return Split(y, rest, self.outputs)
 
     def add(self, rows: Tensor, columns: Tensor, gradient: Tensor) -> None:
         """Add to a block of the weight's gradient."""
-        weight = self.module.weight
         if (scale := scale_of(self.module)) is not None:
             gradient = gradient * scale.detach()
-        if weight.grad is None:
-            weight.grad = torch.zeros_like(weight)
-        elif self.sink.holds_gradient():
-            weight.grad = weight.grad.clone()
-        weight.grad[rows[:, None], columns] += gradient
+        self.sink.add_dense(rows, columns, gradient)
+
+    def apart(self, leaves: Mapping[int, Tensor], sinks: dict[int, Sink]) -> GradientPlan:
+        """As `LayerPlan.apart`."""
+        plan = copy.copy(self)
+        plan.plan = self.plan.apart(leaves, sinks)
+        plan.sink = plan.plan.sink
+        return plan
 
 
 class _DenseGradient:

@@ -32,6 +32,18 @@ class Geometry(ctypes.Structure):
     ]  # fmt: skip
 
 
+class Pass(ctypes.Structure):
+    """`Pass` of blocks.c."""
+
+    _fields_ = [
+        (name, ctypes.c_int32) for name in (
+            "images", "rows", "columns", "first_row", "first_column", "row_step", "column_step",
+            "height", "width", "source_height", "source_width", "row_stride", "column_stride",
+            "top", "bottom", "left", "right", "row_phases", "column_phases",
+        )
+    ]  # fmt: skip
+
+
 def pointer(tensor: torch.Tensor | None) -> ctypes.c_void_p:
     """Address of a contiguous tensor's numbers; NULL for None."""
     return ctypes.c_void_p(None if tensor is None else tensor.data_ptr())

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import threading
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -15,6 +17,7 @@ from ..ops.active import Active
 from ..ops.swap import Swapped
 from ..plugins.transform.sharing import scale_of
 from .norm import normalise, normalise_with
+from .once import once
 from .split import Channels, Split
 from .taps import TapConvolution, supported
 
@@ -23,10 +26,18 @@ PLAIN = {nn.Conv1d.forward, nn.Conv2d.forward, nn.Conv3d.forward, nn.Linear.forw
 _CONVOLVE = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
 
 
-class Slot:
-    """Holds a module's plan during a forward pass. Copies and pickles of the module get an empty one."""
+class Last:
+    """The plan of the last pass whose gradients may be wanted, for all threads."""
 
     plan: Any = None
+
+
+class Slot(threading.local):
+    """Holds a module's plan during a thread's forward pass. Copies and pickles of the module get an empty one."""
+
+    def __init__(self, last: Last | None = None):
+        self.plan: Any = None
+        self.last = last or Last()
 
     def __deepcopy__(self, memo):
         return Slot()
@@ -38,9 +49,17 @@ class Slot:
 class Planned(Swapped):
     """Mixed into the class of every layer and norm of a model with an engine."""
 
-    def forward(self, x: Tensor) -> Tensor:
+    east_slot: Slot
+
+    def forward(self, input, *args, **kwargs):
         plan = self.east_slot.plan
-        return super().forward(x) if plan is None else plan(x)
+        if plan is None and self.east_slot.last.plan is not None and in_backward():
+            plan = self.east_slot.last.plan  # gradient checkpointing computes a part of the pass again
+        return super().forward(input, *args, **kwargs) if plan is None else plan(input)
+
+
+def in_backward() -> bool:
+    return torch._C._current_graph_task_id() != -1
 
 
 class Sink:
@@ -49,9 +68,11 @@ class Sink:
     The tensor is kept between steps, and only its active entries are written, so that no step pays for a dense one.
     """
 
-    def __init__(self, weight: nn.Parameter, active: Active, before: Sink | None = None):
+    def __init__(self, weight: Tensor, active: Active, before: Sink | None = None):
         self.weight, self.active = weight, active
-        self.buffer, self.version = None, None
+        self.buffer: Tensor | None = None
+        self.version: int | None = None
+        self.dense: Tensor | None = None  #: the gradient of all weights, where a rule wants it
         if before is not None and before.is_clean():
             self.buffer = before.buffer
             before.active.put(self.buffer, 0)
@@ -63,6 +84,34 @@ class Sink:
 
     def holds_gradient(self) -> bool:
         return self.weight.grad is not None and self.weight.grad is self.buffer
+
+    def begin(self) -> None:
+        """A pass begins: gradients of earlier ones count while they are in `grad`."""
+        if self.dense is not None and (self.weight.grad is None or not bool(self.weight.grad.any())):
+            self.dense = None
+
+    def add_dense(self, rows: Tensor, columns: Tensor, gradient: Tensor) -> None:
+        """Add to a block of the gradient of all weights."""
+        if self.dense is None:
+            self.dense = torch.zeros_like(self.weight)
+        self.dense[rows[:, None], columns] += gradient
+
+    def take(self, wanted: bool) -> None:
+        """Make a dense gradient, which autograd accumulated in `grad`, one of active values; keep it where wanted."""
+        grad = self.weight.grad
+        assert grad is not None
+        if wanted and self.dense is not None and grad is self.buffer:  # earlier passes' active values are in it
+            self.active.put(self.dense, 0.0)
+            self.dense += grad
+        elif wanted:
+            self.dense = grad.clone() if self.dense is None else self.dense.add_(grad)
+        values = self.active.values(grad)
+        if grad is self.buffer or not self.is_clean():
+            self.buffer = torch.zeros_like(self.weight)
+        assert self.buffer is not None
+        self.active.put(self.buffer, values)
+        self.weight.grad = self.buffer
+        self.version = self.buffer._version
 
     def add(self, gradient: Tensor) -> None:
         if self.weight.grad is not None:
@@ -85,10 +134,20 @@ class _ActiveValues(torch.autograd.Function):
         return sink.active.values(weight)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @once
     def backward(ctx, gradient: Tensor):
+        if not _accumulates(ctx):
+            return ctx.sink.active.spread(gradient), None
         ctx.sink.add(gradient)
         return None, None
+
+
+def _accumulates(node: Any) -> bool:
+    """Whether the gradient goes to `grad`, as in `backward()`, and not to the caller of `torch.autograd.grad`."""
+    try:
+        return torch._C._will_engine_execute_node(node.next_functions[0][0])
+    except RuntimeError:  # "a leaf node was passed ... but we are currently running autograd.grad()"
+        return False
 
 
 class LayerPlan:
@@ -111,6 +170,7 @@ class LayerPlan:
             _numbering(kept, size).to(device)[channels]
             for channels, kept, size in zip((target, source), (outputs, inputs), sizes, strict=True)
         )
+        self.axis, self.inputs = (-1 if isinstance(module, nn.Linear) else 1 - module.weight.dim()), inputs.to(device)
         self.coordinates = (target, source, *place)
         self.outputs = None if len(outputs) == sizes[0] else outputs.to(device)
         self.split = Channels.of(outputs, sizes[0], device) if split and isinstance(module, nn.Conv2d) else None
@@ -127,6 +187,8 @@ class LayerPlan:
 
     def _product(self, x: Tensor) -> Tensor:
         module = self.module
+        if x.shape[self.axis] != self.shape[1]:  # all channels, put together by an operation that needs them
+            x = x.index_select(self.axis, self.inputs)
         values = _ActiveValues.apply(module.weight, self.sink)
         if (scale := scale_of(module)) is not None:
             values = values * scale
@@ -137,10 +199,10 @@ class LayerPlan:
         weight = values.new_zeros(self.shape).index_put_(self.coordinates, values)
         return F.linear(x, weight, bias) if isinstance(module, nn.Linear) else _convolve(module, x, weight, bias)
 
-    def apart(self) -> LayerPlan:
-        """The same plan with a sink of its own, for a pass whose gradient nobody wants."""
-        plan = copy.copy(self)
-        plan.sink = Sink(self.sink.weight, self.sink.active)
+    def apart(self, leaves: Mapping[int, Tensor], sinks: dict[int, Sink]) -> LayerPlan:
+        """The same plan for a pass on other weights: `leaves` by the ids of the model's; their sinks are noted."""
+        plan, key = copy.copy(self), id(self.sink.weight)
+        plan.sink = sinks.setdefault(key, Sink(leaves[key], self.sink.active))
         return plan
 
     @property
@@ -214,7 +276,7 @@ class NormPlan:
         y = y if bias is None else y + bias
         return y, mean.flatten(), variance.flatten() * (count / max(1, count - 1))
 
-    def apart(self) -> NormPlan:
+    def apart(self, leaves: Mapping[int, Tensor], sinks: dict[int, Sink]) -> NormPlan:
         return self
 
     @torch.no_grad()

@@ -9,7 +9,8 @@ from torch import Tensor
 
 from ..plugins.activation import dyrelu
 from . import kernel
-from .taps import in_planes, planes
+from .once import once
+from .taps import images_first, in_planes, planes
 
 
 def max_of_lines(x: Tensor, a1: Tensor, b1: Tensor, a2: Tensor, b2: Tensor) -> Tensor:
@@ -52,7 +53,7 @@ class _PositionSums(torch.autograd.Function):
         return sums.T
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @once
     def backward(ctx, grad: Tensor):
         return grad[..., None, None].expand(ctx.shape)
 
@@ -66,10 +67,10 @@ class _MaxOfLines(torch.autograd.Function):
         y = torch.empty_like(x)
         kernel.load(x.dtype).lines_forward(_Sizes.of(x), *map(kernel.pointer, (x, *coefficients, y)))
         ctx.save_for_backward(x, *coefficients)
-        return y.permute(3, 0, 1, 2)
+        return images_first(y)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @once
     def backward(ctx, grad: Tensor):
         x, *coefficients = ctx.saved_tensors
         grad, grad_x = planes(grad), torch.empty_like(x)

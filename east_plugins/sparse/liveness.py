@@ -11,6 +11,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from ..ops.channels import trace
 from ..ops.maskable import layers, maskable
 from ..ops.paths import plain_evaluation
+from ..ops.substitute import substituted
 
 
 class Liveness:
@@ -66,13 +67,12 @@ def _of_layer(labels: Tensor, module: nn.Module, count: int) -> Tensor:
 def _fed_by_constants(model: nn.Module, norms: Mapping[str, nn.Module], input_shape: Sequence[int]) -> set[str]:
     """Norms whose input is not zero when all layers' weights are: biases reach them, so that their running
     statistics cannot be known without computing them."""
-    named = dict(model.named_parameters())
     weights = {id(weight) for weight in maskable(model).values()}
     values = {
-        name: torch.zeros_like(p) if id(p) in weights else p if name.endswith("bias") and not _of_norm(name, norms)
-        else torch.ones_like(p)
-        for name, p in named.items()
-    }  # fmt: skip
+        id(p): torch.zeros_like(p) if id(p) in weights else torch.ones_like(p)
+        for name, p in model.named_parameters()
+        if id(p) in weights or not name.endswith("bias") or _of_norm(name, norms)
+    }
     fed: set[str] = set()
 
     def note(name):
@@ -82,8 +82,8 @@ def _fed_by_constants(model: nn.Module, norms: Mapping[str, nn.Module], input_sh
     like = next(model.parameters())
     x = torch.randn(2, *input_shape, generator=torch.Generator().manual_seed(0)).to(like)
     try:
-        with plain_evaluation(model):
-            torch.func.functional_call(model, values, (x,))
+        with plain_evaluation(model), substituted(model, values):
+            model(x)
     finally:
         for handle in handles:
             handle.remove()

@@ -9,7 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import kernel
-from .taps import in_planes, planes
+from .once import once
+from .taps import images_first, in_planes, planes
 
 
 def normalise(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> tuple[Tensor, Tensor, Tensor]:
@@ -44,10 +45,10 @@ class _Normalise(torch.autograd.Function):
         ctx.save_for_backward(x, weight, mean, variance)
         ctx.eps, ctx.has_bias = eps, bias is not None
         ctx.mark_non_differentiable(mean, variance)
-        return y.permute(3, 0, 1, 2), mean, variance
+        return images_first(y), mean, variance
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @once
     def backward(ctx, grad: Tensor, *_):
         x, weight, mean, variance = ctx.saved_tensors
         grad, grad_x = planes(grad), torch.empty_like(x)

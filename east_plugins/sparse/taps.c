@@ -12,7 +12,7 @@
 #include <stdint.h>
 
 typedef REAL vec __attribute__((vector_size(32), aligned(sizeof(REAL)), may_alias));
-enum { LANES = 32 / sizeof(REAL), WIDE = 8 };
+enum { LANES = 32 / sizeof(REAL), WIDE = 8, HALF = WIDE / 2 };
 
 typedef struct {
     int32_t images, height, width;             /* of the planes that are written */
@@ -52,6 +52,8 @@ static void row(const Tap *taps, int n, const Geometry *g, REAL *out)
         ptrdiff_t image = 0;
         for (; image + WIDE * LANES <= images; image += WIDE * LANES)
             pixel(taps, n, x, images, image, out, WIDE);
+        for (; image + HALF * LANES <= images; image += HALF * LANES)
+            pixel(taps, n, x, images, image, out, HALF);
         for (; image + LANES <= images; image += LANES)
             pixel(taps, n, x, images, image, out, 1);
         for (; image < images; image++) {
@@ -102,6 +104,9 @@ static double dot(const REAL *a, const REAL *b, const int32_t *columns, int widt
         ptrdiff_t image = 0;
         for (; image + WIDE * LANES <= images; image += WIDE * LANES)
             for (int v = 0; v < WIDE; v++)
+                sum[v] += ((const vec *)(p + image))[v] * ((const vec *)(q + image))[v];
+        for (; image + HALF * LANES <= images; image += HALF * LANES)
+            for (int v = 0; v < HALF; v++)
                 sum[v] += ((const vec *)(p + image))[v] * ((const vec *)(q + image))[v];
         for (; image + LANES <= images; image += LANES)
             sum[0] += *(const vec *)(p + image) * *(const vec *)(q + image);

@@ -14,11 +14,20 @@ import torch
 from torch import Tensor, nn
 
 from . import kernel
+from .blocks import BlockConvolution
+from .once import once
 
 
 def planes(x: Tensor) -> Tensor:
     """[N, C, H, W] as contiguous [C, H, W, N]; a view where it lies so already."""
     return x.permute(1, 2, 3, 0).contiguous()
+
+
+def images_first(x: Tensor) -> Tensor:
+    """Contiguous [C, H, W, N] as [N, C, H, W] in the same memory, and no view: it can be written to in place."""
+    channels, height, width, images = x.shape
+    strides = (1, height * width * images, width * images, images)
+    return x.new_empty(0).set_(x.untyped_storage(), x.storage_offset(), (images, channels, height, width), strides)
 
 
 def in_planes(x: Tensor) -> bool:
@@ -36,6 +45,10 @@ def supported(module: nn.Module, x: Tensor) -> bool:
         and module.weight.dtype in kernel.REAL
         and kernel.load(module.weight.dtype) is not None
     )
+
+
+#: Taps a channel from which on `blocks` is faster: measured on ResNet-34's layers at density 0.001, 0.003 and 0.01.
+MANY = 7
 
 
 class TapConvolution:
@@ -60,10 +73,19 @@ class TapConvolution:
         sorted_taps = (t[order].contiguous() for t in (self.source, self.target, self.row, self.column))
         key, read, row, column = sorted_taps
         self.by_input = _Side(key, inputs, read, row, column, order.int())
+        self._blocks: dict[tuple[int, int], BlockConvolution] = {}
 
     def __call__(self, x: Tensor, values: Tensor) -> Tensor:
         """[N, inputs, H, W] and the active values [taps] to [N, outputs, H', W'], both differentiable."""
         return _Convolve.apply(x.to(values.dtype), values, self)
+
+    def blocks(self, height: int, width: int) -> BlockConvolution | None:
+        """The same by blocks of channels, where each channel is read by so many taps that copying it pays."""
+        if len(self.target) < max(1, MANY * max(self.inputs, self.outputs)) or max(self.stride) > 30:
+            return None
+        if (height, width) not in self._blocks:
+            self._blocks[height, width] = BlockConvolution(self, height, width)
+        return self._blocks[height, width]
 
     def geometry(self, height: int, width: int) -> _Geometry:
         sizes = zip((height, width), self.kernel_size, self.stride, self.padding, self.dilation, strict=True)
@@ -117,32 +139,45 @@ class _Convolve(torch.autograd.Function):
     def forward(ctx, x: Tensor, values: Tensor, taps: TapConvolution) -> Tensor:
         x, values = planes(x), values.contiguous()
         _, height, width, images = x.shape
-        geometry = taps.geometry(height, width)
+        blocks, geometry = taps.blocks(height, width), taps.geometry(height, width)
+        ctx.save_for_backward(x, values)
+        ctx.taps, ctx.geometry, ctx.blocks = taps, geometry, blocks
+        if blocks is not None:
+            return images_first(blocks.convolve(x, values))
         out = x.new_empty(taps.outputs, geometry.rows.out, geometry.columns.out, images)
         _gather(geometry.struct(images, taps.by_output.most), taps.by_output, values, x, out)
-        ctx.save_for_backward(x, values)
-        ctx.taps, ctx.geometry = taps, geometry
-        return out.permute(3, 0, 1, 2)
+        return images_first(out)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @once
     def backward(ctx, grad: Tensor):
         x, values = ctx.saved_tensors
-        taps, geometry, images = ctx.taps, ctx.geometry, x.shape[3]
         grad, grad_x, grad_values = planes(grad), None, None
         if ctx.needs_input_grad[0]:
-            grad_x = torch.empty_like(x)
-            struct = geometry.struct(images, taps.by_input.most, backward=True)
-            _gather(struct, taps.by_input, values, grad, grad_x)
-            grad_x = grad_x.permute(3, 0, 1, 2)
+            grad_x = _input_gradient(ctx, grad, values, x).permute(3, 0, 1, 2)
         if ctx.needs_input_grad[1]:
-            total = torch.empty(len(values), dtype=torch.float64)
-            where = (taps.target, taps.source, taps.row, taps.column)
-            kernel.load(x.dtype).weight_gradient(
-                ctypes.byref(geometry.struct(images, 0)), len(values), *map(kernel.pointer, (*where, grad, x, total))
-            )
-            grad_values = total.to(values.dtype)
+            grad_values = _weight_gradient(ctx, grad, x).to(values.dtype)
         return grad_x, grad_values, None
+
+
+def _input_gradient(ctx, grad: Tensor, values: Tensor, x: Tensor) -> Tensor:
+    if ctx.blocks is not None:
+        return ctx.blocks.input_gradient(grad, values, x)
+    side, grad_x = ctx.taps.by_input, torch.empty_like(x)
+    _gather(ctx.geometry.struct(x.shape[3], side.most, backward=True), side, values, grad, grad_x)
+    return grad_x
+
+
+def _weight_gradient(ctx, grad: Tensor, x: Tensor) -> Tensor:
+    """Of every tap, in float64."""
+    if ctx.blocks is not None:
+        return ctx.blocks.weight_gradient(grad, x)
+    taps = ctx.taps
+    total = torch.empty(len(taps.target), dtype=torch.float64)
+    tensors = (taps.target, taps.source, taps.row, taps.column, grad, x, total)
+    struct = ctx.geometry.struct(x.shape[3], 0)
+    kernel.load(x.dtype).weight_gradient(ctypes.byref(struct), len(total), *map(kernel.pointer, tensors))
+    return total
 
 
 def _gather(struct: kernel.Geometry, side: _Side, values: Tensor, x: Tensor, out: Tensor) -> None:

@@ -22,6 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..errors import MissingExtraError, UsageError
+from ..ops.files import replacing
 
 log = logging.getLogger(__name__)
 
@@ -59,14 +60,14 @@ def open_image(path: str | Path):
             image.load()
             return image
     except OSError as error:
-        raise UsageError(f"--data-dir: {path} is no readable image") from error
+        raise UsageError(f"`data_dir`: {path} is no readable image") from error
 
 
 def _digits(root: None, size: int | None) -> Splits:
     try:
         from sklearn.datasets import load_digits
     except ModuleNotFoundError as error:
-        raise MissingExtraError("--data digits needs scikit-learn: pip install 'east_plugins[train]'") from error
+        raise MissingExtraError("`data` digits needs scikit-learn: pip install 'east_plugins[train]'") from error
     pixels, labels = (torch.from_numpy(array) for array in load_digits(return_X_y=True))
     images, labels = resize((pixels * (255 / 16)).round().byte().view(-1, 1, 8, 8), size or 16), labels.long()
     train, test = stratified(labels, 0.2, seed=0)  # the source has no test set of its own
@@ -78,14 +79,14 @@ def _mnist(folder: str, root: Path, size: int | None) -> Splits:
         path = _require(root, Path(folder, "raw", f"{part}-{values}-ubyte"))
         content = np.fromfile(path, dtype=np.uint8)
         if len(content) <= header or (len(content) - header) % item:
-            raise UsageError(f"--data-dir: {path} is no {folder} file, or not a whole one")
+            raise UsageError(f"`data_dir`: {path} is no {folder} file, or not a whole one")
         return torch.from_numpy(content[header:])
 
     def labelled(part: str) -> Labelled:
         images = read(part, "images-idx3", 16, 28 * 28).view(-1, 1, 28, 28)
         labels = read(part, "labels-idx1", 8, 1).long()
         if len(labels) != len(images):
-            raise UsageError(f"--data-dir: {root / folder} has {len(images)} {part} images and {len(labels)} labels")
+            raise UsageError(f"`data_dir`: {root / folder} has {len(images)} {part} images and {len(labels)} labels")
         return resize(images, size or 28), labels
 
     return labelled("train"), labelled("t10k")
@@ -104,22 +105,22 @@ def _cifar(folder: str, key: str, train: Sequence[str], test: Sequence[str], roo
 
 def _batch(path: Path, key: str) -> tuple[np.ndarray, list[int]]:
     """uint8 images [N, 3072] and their labels."""
-    content = _unpickle(path)
+    content = unpickle(path)
     images, labels = (content.get(name) if isinstance(content, dict) else None for name in ("data", key))
     if (
         not isinstance(images, np.ndarray) or images.dtype != np.uint8 or images.shape[1:] != (3072,)
         or not isinstance(labels, list) or len(labels) != len(images)
     ):  # fmt: skip
-        raise UsageError(f"--data-dir: {path} is no CIFAR batch; expected are data, uint8 [N, 3072], and N {key}")
+        raise UsageError(f"`data_dir`: {path} is no CIFAR batch; expected are data, uint8 [N, 3072], and N {key}")
     return images, labels
 
 
-def _unpickle(path: Path) -> dict:
+def unpickle(path: Path) -> dict:
     try:
         with open(path, "rb") as file:
             return _ArrayUnpickler(file, encoding="latin1").load()
     except (pickle.UnpicklingError, EOFError) as error:
-        raise UsageError(f"--data-dir: {path} is damaged: {error}") from error
+        raise UsageError(f"`data_dir`: {path} is damaged: {error}") from error
 
 
 class _ArrayUnpickler(pickle.Unpickler):
@@ -130,7 +131,7 @@ class _ArrayUnpickler(pickle.Unpickler):
     def find_class(self, module: str, name: str):
         if (module.split(".")[0], name) in self.ALLOWED:
             return super().find_class(module, name)
-        raise UsageError(f"--data-dir: a CIFAR file holds {module}.{name}; expected are arrays and lists only")
+        raise UsageError(f"`data_dir`: a CIFAR file holds {module}.{name}; expected are arrays and lists only")
 
 
 def _folders(train: str, test: str, root: Path, size: int | None) -> Splits:
@@ -157,7 +158,7 @@ def _classes(folder: Path) -> list[str]:
 def _list(folder: Path, classes: Sequence[str]) -> tuple[list[str], list[int]]:
     """Sorted paths of all images in the class folders of `folder`, and their labels."""
     if extra := set(_classes(folder)) - set(classes):
-        raise UsageError(f"--data-dir: {folder} has a class that the training images lack: {min(extra)}")
+        raise UsageError(f"`data_dir`: {folder} has a class that the training images lack: {min(extra)}")
     paths, labels = [], []
     for label, name in enumerate(classes):
         found = sorted(
@@ -169,7 +170,7 @@ def _list(folder: Path, classes: Sequence[str]) -> tuple[list[str], list[int]]:
         paths += found
         labels += [label] * len(found)
     if not paths:
-        raise UsageError(f"--data-dir: no images in {folder}; expected are <class>/*{{{','.join(EXTENSIONS)}}}")
+        raise UsageError(f"`data_dir`: no images in {folder}; expected are <class>/*{{{','.join(EXTENSIONS)}}}")
     return paths, labels
 
 
@@ -207,7 +208,7 @@ def _decode(paths: Sequence[str], mode: str, width: int, height: int, fit: bool)
         if image.size != (width, height):
             if not fit:
                 sizes = f"{image.width}x{image.height} pixels, others {width}x{height}"
-                raise UsageError(f"--image-size is needed: {paths[i]} has {sizes}")
+                raise UsageError(f"`image_size` is needed: {paths[i]} has {sizes}")
             image = ImageOps.fit(image, (width, height))
         out[i] = np.asarray(image).reshape(height, width, -1).transpose(2, 0, 1)
 
@@ -235,18 +236,16 @@ def _read_cache(path: Path, key: str) -> list[np.ndarray] | None:
 
 
 def _write_cache(path: Path, key: str, arrays: Sequence[np.ndarray]) -> None:
-    unfinished = path.with_suffix(f".{os.getpid()}.npz")
     try:
-        np.savez(unfinished, key=key, train=arrays[0], test=arrays[1])
-        unfinished.replace(path)
+        with replacing(path) as unfinished:
+            np.savez(unfinished, key=key, train=arrays[0], test=arrays[1])
     except OSError as error:
-        unfinished.unlink(missing_ok=True)
         log.info("decoded images are not kept: %s", error)
 
 
 def _require(root: Path, part: Path) -> Path:
     if not (root / part).exists():
-        raise UsageError(f"--data-dir {root}: {part} is missing there")
+        raise UsageError(f"`data_dir` {root}: {part} is missing there")
     return root / part
 
 

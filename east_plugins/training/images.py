@@ -59,6 +59,7 @@ class Images(_Set):
     images: Tensor
     padding: int = 0
     flip: bool = False
+    mode: str = "zero"
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -83,11 +84,11 @@ class Images(_Set):
         mirror = (torch.rand(count, generator=generator) < 0.5 * self.flip).to(device)
         for step in range(self.steps(batch_size)):
             part = slice(step * batch_size, (step + 1) * batch_size)
-            images = _crop(self.images[order[part]], *shift[:, part], mirror[part], self.padding)
+            images = _crop(self.images[order[part]], *shift[:, part], mirror[part], self.padding, self.mode)
             yield self._normalise(images, channels_last), self.labels[order[part]]
 
 
-def _crop(images: Tensor, top: Tensor, left: Tensor, mirror: Tensor, padding: int) -> Tensor:
+def _crop(images: Tensor, top: Tensor, left: Tensor, mirror: Tensor, padding: int, mode: str) -> Tensor:
     """Every image at its own offset in its padded self, mirrored where told."""
     count, channels, height, width = images.shape
 
@@ -97,7 +98,13 @@ def _crop(images: Tensor, top: Tensor, left: Tensor, mirror: Tensor, padding: in
     rows = top[:, None] + index(height)
     columns = left[:, None] + torch.where(mirror[:, None], index(width).flip(0), index(width))
     each, channel = index(count)[:, None, None, None], index(channels)[:, None, None]
-    return F.pad(images, [padding] * 4)[each, channel, rows[:, None, :, None], columns[:, None, None, :]]
+    if mode == "reflect":  # of whole numbers PyTorch pads with constants only
+        along = [torch.arange(-padding, size + padding, device=images.device).abs() for size in (height, width)]
+        along = [torch.where(at < size, at, 2 * size - 2 - at) for at, size in zip(along, (height, width), strict=True)]
+        padded = images[:, :, along[0][:, None], along[1]]
+    else:
+        padded = F.pad(images, [padding] * 4)
+    return padded[each, channel, rows[:, None, :, None], columns[:, None, None, :]]
 
 
 @dataclass(eq=False)
@@ -188,18 +195,22 @@ def load(
     seed: int = 0,
     limit: int | None = None,
     download: bool = False,
+    split: str = "stratified",
+    crop_padding: str = "zero",
 ) -> Data:
     """The data set called `name`, read from `data_dir`.
 
     `image_size`: pixels of the (square) images, by default their own (`digits`: 16; `imagenet`: 224).
-    `validation`: share of every class of the training images that is set aside, chosen by `seed`.
+    `validation`: share of the training images that is set aside: of every class, chosen by `seed`, or with a `split` of
+    "last" the last ones in the data's order, as ITOP and the authors' code of EAST have it.
+    `crop_padding`: what random crops find beyond an image's edge, "zero" or "reflect".
     `limit`: keep only so many training images (validation included) and so many test images.
     `download`: get the files first, where torchvision can.
 
     Raises `UnknownNameError`, `UsageError` where files or values are not as they should be.
     """
     if name not in SOURCES:
-        raise UnknownNameError("--data", name, SOURCES)
+        raise UnknownNameError("`data`", name, SOURCES)
     source = SOURCES[name]
     _check(name, data_dir, image_size, validation, limit, download)
     if download:
@@ -208,11 +219,12 @@ def load(
     num_classes = int(train[1].max()) + 1
     if limit is not None:
         train, test = _some(train, limit), _some(test, limit)
-    kept, held_out = (_take(train, index) for index in stratified(train[1], validation, seed))
+    parts = stratified(train[1], validation, seed) if split == "stratified" else _last(len(train[1]), validation)
+    kept, held_out = (_take(train, index) for index in parts)
     if len(kept[1]) < 2:
-        raise UsageError(f"--data {name}: {len(kept[1])} images are left for training, needed are at least 2")
+        raise UsageError(f"`data` {name}: {len(kept[1])} images are left for training, needed are at least 2")
     if isinstance(train[0], Tensor):
-        return Data(name, num_classes, *_in_memory(kept, held_out, test, source))
+        return Data(name, num_classes, *_in_memory(kept, held_out, test, source, crop_padding))
     return Data(name, num_classes, *_on_disk(kept, held_out, test, image_size or 224))
 
 
@@ -229,7 +241,7 @@ def known_shape(name: str) -> tuple[int, int] | None:
     Raises `UnknownNameError`.
     """
     if name not in SOURCES:
-        raise UnknownNameError("--data", name, SOURCES)
+        raise UnknownNameError("`data`", name, SOURCES)
     return SOURCES[name].shape
 
 
@@ -240,16 +252,16 @@ def names() -> list[str]:
 def _check(name, data_dir, image_size, validation, limit, download) -> None:
     source = SOURCES[name]
     if not 0 <= validation < 1:
-        raise UsageError(f"--validation {validation}: allowed are shares from 0 to below 1")
-    for flag, value in (("--image-size", image_size), ("--limit", limit)):
+        raise UsageError(f"`validation` {validation}: allowed are shares from 0 to below 1")
+    for flag, value in (("`image_size`", image_size), ("`limit`", limit)):
         if value is not None and value < 1:
             raise UsageError(f"{flag} {value}: allowed are whole numbers from 1")
     if download and not source.torchvision:
-        raise UsageError(f"--download: allowed for {', '.join(n for n in SOURCES if SOURCES[n].torchvision)}")
+        raise UsageError(f"`download`: allowed for {', '.join(n for n in SOURCES if SOURCES[n].torchvision)}")
     if source.needs and data_dir is None:
-        raise UsageError(f"--data {name} needs --data-dir, a folder with {source.needs}")
+        raise UsageError(f"`data` {name} needs `data_dir`, a folder with {source.needs}")
     if source.needs and not download and not Path(data_dir).is_dir():
-        raise UsageError(f"--data-dir {data_dir}: no such folder; expected is one with {source.needs}")
+        raise UsageError(f"`data_dir` {data_dir}: no such folder; expected is one with {source.needs}")
 
 
 def _take(part: Labelled, index: Tensor) -> Labelled:
@@ -262,11 +274,19 @@ def _some(part: Labelled, limit: int) -> Labelled:
     return _take(part, order[:limit].sort().values)
 
 
-def _in_memory(train: Labelled, validation: Labelled, test: Labelled, source: Source) -> list[Images]:
+def _last(count: int, share: float) -> tuple[Tensor, Tensor]:
+    """Indices of what is kept, and of the last ones, a share of all."""
+    kept = count - int(share * count)
+    return torch.arange(kept), torch.arange(kept, count)
+
+
+def _in_memory(
+    train: Labelled, validation: Labelled, test: Labelled, source: Source, crop_padding: str
+) -> list[Images]:
     mean, std = _statistics(train[0])
     plain = [Images(labels, mean, std, images) for images, labels in (train, validation, test)]
     padding = plain[0].shape[-1] // 8 if source.crop else 0
-    augmented = dataclasses.replace(plain[0], padding=padding, flip=source.flip)
+    augmented = dataclasses.replace(plain[0], padding=padding, flip=source.flip, mode=crop_padding)
     return [augmented, *plain[1:]]
 
 

@@ -241,10 +241,10 @@ def build(
     if model is None:
         if image_size >= 64 and TORCHVISION + name in _torchvision_names():
             return _torchvision(TORCHVISION + name, num_classes, in_channels, width)
-        raise UnknownNameError("--model", name, [*names(), "wrn-<6n+4>-<k>", "torchvision:<name>"])
+        raise UnknownNameError("`model`", name, [*names(), "wrn-<6n+4>-<k>", "torchvision:<name>"])
     if width is not None and (model.width is None or width < 1):
         allowed = "has no base width: leave it out" if model.width is None else "needs a width of at least 1"
-        raise UsageError(f"--width {width}: {name} {allowed}")
+        raise UsageError(f"`width` {width}: {name} {allowed}")
     if image_size > 64:
         log.warning("%s keeps the full resolution of its images; torchvision's are made for 224 pixels", name)
     return model.make(num_classes, in_channels, image_size, width or model.width)
@@ -267,8 +267,8 @@ def _torchvision_names() -> list[str]:
 
 def _torchvision(name: str, num_classes: int, in_channels: int, width: int | None) -> nn.Module:
     if name not in (known := _torchvision_names()):
-        raise UnknownNameError("--model", name, known)
+        raise UnknownNameError("`model`", name, known)
     if in_channels != 3 or width is not None:
-        wrong = f"--width {width}" if width is not None else f"images of {in_channels} channels"
+        wrong = f"`width` {width}" if width is not None else f"images of {in_channels} channels"
         raise UsageError(f"model {name} has a fixed width and takes 3 channels, got {wrong}")
     return import_torchvision().models.get_model(name.removeprefix(TORCHVISION), weights=None, num_classes=num_classes)

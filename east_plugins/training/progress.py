@@ -26,7 +26,7 @@ class Progress:
         self.writer = _summary_writer(trainer.out, trainer.epoch + 1)
         if not self.quiet and sys.stderr.isatty() and (tqdm := _tqdm()):
             self.bar = tqdm(
-                total=trainer.total_steps, initial=trainer.host.steps, unit="step", desc=trainer.options.method,
+                total=trainer.total_steps, initial=trainer.host.steps, unit="step", desc=trainer.options.label,
                 smoothing=0.05, dynamic_ncols=True,
             )  # fmt: skip
         return self
@@ -47,6 +47,8 @@ class Progress:
         """Report one line of `metrics.jsonl`."""
         if self.writer is not None:
             for name, value in line.items():
+                if isinstance(value, dict):  # of the layers
+                    continue
                 self.writer.add_scalar(name, math.nan if value is None else value, line["epoch"])
         if self.bar is None and not self.quiet:
             options = self.trainer.options
@@ -63,10 +65,10 @@ class Progress:
 
     def _state(self) -> str:
         trainer = self.trainer
-        loss, correct, images = (float(value) for value in trainer.totals.values())
-        images = max(1, images)
+        totals = trainer.totals
         return (
-            f"loss {loss / images:.3f} acc {correct / images:.1%} density {trainer.density:.5f} beta {trainer.beta:.2f}"
+            f"loss {totals.mean_loss:.3f} acc {totals.accuracy:.1%} density {trainer.density:.5f} "
+            f"beta {trainer.beta:.2f}"
         )
 
 

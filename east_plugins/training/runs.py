@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import json
-import os
 import platform
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,56 +14,15 @@ from torch import Tensor, nn
 
 from .. import __version__
 from ..errors import UsageError
-from ..options import config
-from ..options.config import Config
+from ..ops.files import check_folder, digest, make_folder, save_checkpoint, write_atomically  # noqa: F401
+from ..ops.maskable import layers
+from ..options import sources
+from ..options.config import Config, Resolved
 from ..plugins import registry
 from ..plugins.transform.quiet import quiet
 from . import images, models
 
 CONFIG, METRICS, SUMMARY, CHECKPOINT = "config.yaml", "metrics.jsonl", "summary.json", "checkpoint.pt"
-
-
-def check_folder(out: Path) -> None:
-    """Raises `UsageError` where `out` is no folder to write in and cannot be made one; makes nothing."""
-    try:
-        out.exists()
-    except OSError as error:  # such as a name too long
-        raise UsageError(f"--out {out} cannot be made: {error.strerror}") from error
-    place = next((place for place in (out, *out.parents) if os.path.exists(place)), Path())
-    if not place.is_dir():
-        raise UsageError(f"--out {out} cannot be made: {place} is a file")
-    if not os.access(place, os.W_OK | os.X_OK):
-        raise UsageError(f"--out {out} cannot be made: {place} cannot be written to")
-
-
-def make_folder(out: Path) -> None:
-    """Make the folder `out` and its parents; raises `UsageError` where that fails."""
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UsageError(f"--out {out} cannot be made: {error.strerror}") from error
-
-
-def write_atomically(path: Path, content: bytes | str) -> None:
-    """Write a file so that it is there complete or not at all."""
-    content = content.encode() if isinstance(content, str) else content
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        with temporary.open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
-
-
-def save_checkpoint(path: Path, state: Mapping[str, Any]) -> None:
-    """`torch.save`, atomically."""
-    temporary = path.with_name(f".{path.name}.part")
-    torch.save(state, temporary)
-    os.replace(temporary, path)
 
 
 def load_checkpoint(path: Path, device: torch.device | str = "cpu") -> dict[str, Any]:
@@ -79,7 +35,7 @@ def load_checkpoint(path: Path, device: torch.device | str = "cpu") -> dict[str,
         raise UsageError(f"{path} cannot be read as a checkpoint: {' '.join(str(error).split())[:120]}") from error
 
 
-def write_config(folder: Path, options: Config) -> None:
+def write_config(folder: Path, options: Resolved) -> None:
     """`config.yaml`: resolved options, readable by `--config`, and the versions that ran them."""
     import yaml
 
@@ -96,7 +52,7 @@ def read_config(folder: Path) -> Config:
     """The options in a run's `config.yaml`; raises `UsageError` where there are none."""
     if not (folder / CONFIG).is_file():
         raise UsageError(f"{folder} is no run directory: it has no {CONFIG}")
-    return config.from_flags({"config": folder / CONFIG})
+    return sources.from_flags({"config": folder / CONFIG})
 
 
 def read_summary(folder: Path) -> dict[str, Any] | None:
@@ -113,7 +69,7 @@ def read_metrics(folder: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
 
 
-def build_model(options: Config, num_classes: int, input_shape: tuple[int, int, int]) -> nn.Module:
+def build_model(options: Resolved, num_classes: int, input_shape: tuple[int, int, int]) -> nn.Module:
     """The network that the options describe, transforms applied, initial values drawn from `seed`.
 
     Raises `UsageError` for a combination that cannot be.
@@ -123,32 +79,35 @@ def build_model(options: Config, num_classes: int, input_shape: tuple[int, int, 
     torch.manual_seed(options.seed)
     channels, _, size = input_shape
     model = models.build(options.model, num_classes, channels, size, options.width)
+    if options.bias_free_head:
+        *_, head = (layer for _, layer in layers(model))
+        head.bias = None
     if options.transform:
-        returned = registry.transform.get(options.transform)(model)
+        returned = registry.transform.bound(options.transform, options.options_of("transform"))(model)
         model = returned if isinstance(returned, nn.Module) else model  # some change the model and return a report
     if options.dctps:
         registry.transform.get("dctps")(model, engine=options.dctps_engine)
     if options.east.share:
-        registry.transform.get("share")(model, options.east.share_from)
+        registry.transform.get("share")(model, options.east.share_from, scale=options.east.share_scale)
     if options.quiet_branches:
         quiet(model, input_shape, options.quiet_branches)
     return model
 
 
-def _check_dctps(options: Config) -> None:
+def _check_dctps(options: Resolved) -> None:
     if options.east.share:
         raise UsageError(
-            "--dctps --east-share: weight sharing is left out with DCTpS, to prevent conflicts with the DCT matrices "
+            "`dctps` `east_share`: weight sharing is left out with DCTpS, to prevent conflicts with the DCT matrices "
             "(EAST paper, Section 4)"
         )
-    allocation = registry.allocation.entry(options.sparse_init or "ERK")
+    allocation = registry.allocation.entry(options.sparse_init)
     if allocation.meta.get("needs_weights"):
         raise UsageError(
-            f"--dctps --sparse-init {allocation.name}: the sparse weights of DCTpS layers start at zero, so that "
+            f"`dctps` `sparse_init` {allocation.name}: the sparse weights of DCTpS layers start at zero, so that "
             "their saliency says nothing; allowed are ERK, ER, uniform, EPL, EPF, connected"
         )
-    if options.weight_init not in (None, "default"):
-        raise UsageError(f"--dctps --weight-init {options.weight_init}: sparse weights of DCTpS layers start at zero")
+    if options.weight_init != "default":
+        raise UsageError(f"`dctps` `weight_init` {options.weight_init}: sparse weights of DCTpS layers start at zero")
 
 
 def device(name: str | None) -> torch.device:
@@ -157,13 +116,20 @@ def device(name: str | None) -> torch.device:
         found = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
         torch.empty(0, device=found)
     except (RuntimeError, AssertionError) as error:
-        raise UsageError(f"--device {name} cannot be used: {' '.join(str(error).split())[:120]}") from error
+        raise UsageError(f"`device` {name} cannot be used: {' '.join(str(error).split())[:120]}") from error
     return found
 
 
 def load_data(options: Config) -> images.Data:
     return images.load(
-        options.data, options.data_dir, options.image_size, options.validation, options.seed, options.limit
+        options.data,
+        options.data_dir,
+        options.image_size,
+        options.validation,
+        options.seed,
+        options.limit,
+        split=options.decided("validation_split"),
+        crop_padding=options.decided("crop_padding"),
     )
 
 
@@ -172,7 +138,7 @@ class Run:
     """A finished run: the network that was tested, its masks, and what is known of it."""
 
     folder: Path
-    config: Config
+    config: Resolved
     summary: dict[str, Any]
     model: nn.Module
     masks: dict[str, Tensor]
@@ -189,12 +155,13 @@ def load_run(folder: str | Path) -> Run:
     Raises `UsageError` where the folder is no run's, the run is unfinished, or a file is damaged.
     """
     folder = Path(folder)
-    options = read_config(folder)
+    asked = read_config(folder)
     summary = read_summary(folder)
     if summary is None:
-        raise UsageError(f"{folder} holds an unfinished run: it has no readable {SUMMARY}; go on with train --resume")
+        raise UsageError(f"{folder} holds an unfinished run: it has no readable {SUMMARY}; go on with train `resume`")
     checkpoint = load_checkpoint(folder / CHECKPOINT)
     try:
+        options = asked.resolve(summary["steps"] // summary["epochs"])
         best = checkpoint["best"]
         model = build_model(options, summary["classes"], tuple(summary["input_shape"]))
         model.load_state_dict(best["model"])
@@ -206,17 +173,7 @@ def load_run(folder: str | Path) -> Run:
         raise UsageError(f"{folder} is damaged: {SUMMARY}, {CHECKPOINT} and {CONFIG} do not fit ({reason})") from error
 
 
-def digest(tensors: Mapping[str, Tensor]) -> str:
-    """SHA-256 over names, shapes and bytes of tensors, in the order of their names."""
-    sha = hashlib.sha256()
-    for name in sorted(tensors):
-        tensor = tensors[name].detach().cpu().contiguous()
-        sha.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        sha.update(tensor.flatten().view(torch.uint8).numpy().tobytes())
-    return sha.hexdigest()
-
-
-def same_run(a: Config, b: Config) -> bool:
+def same_run(a: Resolved, b: Resolved) -> bool:
     """Whether two resolved configurations describe the same run; device and threads may differ."""
-    neutral = dict(device=None, threads=None)
-    return dataclasses.replace(a, **neutral) == dataclasses.replace(b, **neutral)
+    a, b = (dataclasses.replace(resolved, device=None, threads=None) for resolved in (a, b))
+    return a == b

@@ -10,22 +10,21 @@ import math
 import signal
 import sys
 import time
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..errors import EastError, UsageError
+from ..errors import Interrupted, UsageError
+from ..host import presets
 from ..host.masking import Masking
 from ..ops import memory
-from ..ops.paths import effective_density
-from ..options.config import Config
-from ..plugins import activation as activations
-from ..plugins import registry
-from ..plugins.activation.phased import attach
-from ..plugins.density import Gradual, OneShot
+from ..ops.paths import effective_density, on_path
+from ..options.config import Config, Resolved
 from ..sparse import Engine
 from . import runs
 from .images import Data
@@ -36,21 +35,24 @@ logger = logging.getLogger(__name__)
 SAVE_EVERY = 30.0  #: seconds, at the least, between checkpoints at ends of epochs: a short epoch is not spent on them
 
 
-class Interrupted(EastError):
-    """Ctrl-C was pressed; the run's state is saved."""
-
-
-def train(options: Config, out: Path, resume: bool = False, quiet: bool = False) -> dict[str, Any]:
+def train(options: Config, out: str | Path, resume: bool = False, quiet: bool = False) -> dict[str, Any]:
     """Train one network and return its summary; everything is written to the directory `out`.
+
+        train(Config(method="rigl+connected", model="resnet20", density=0.01, epochs=12), "runs/a")
 
     With `resume` an unfinished run in `out` goes on where it stopped, and a finished one is only read. Raises
     `UsageError` for what cannot be (before anything is written) and `Interrupted` after saving on Ctrl-C.
     """
+    out = Path(out)
     runs.check_folder(out)
     if (out / runs.CONFIG).exists() and not resume:
-        raise UsageError(f"--out {out} holds a run already; add --resume to go on with it, or choose another folder")
+        raise UsageError(f"`out` {out} holds a run already; add `resume` to go on with it, or choose another folder")
     if resume and (summary := finished(options, out)):
         return summary
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    if runs.device(options.device).type == "cpu":
+        memory.keep_freed()
     trainer = Trainer(options, out)
     if resume:
         trainer.restore()
@@ -70,10 +72,39 @@ def finished(options: Config, out: Path) -> dict[str, Any] | None:
     return summary
 
 
-def check_same(out: Path, options: Config) -> None:
+def check_same(out: Path, options: Resolved) -> None:
     """Raises `UsageError` where the run in `out` is not that of the resolved `options`."""
-    if not runs.same_run(runs.read_config(out), options):
-        raise UsageError(f"--out {out}: {runs.CONFIG} there describes another run than the flags given")
+    if not runs.same_run(runs.read_config(out).resolve(options.steps_per_epoch), options):
+        raise UsageError(f"`out` {out}: {runs.CONFIG} there describes another run than the flags given")
+
+
+@dataclass
+class Totals:
+    """Sums over the images of an epoch so far; tensors stay on their device until they are read."""
+
+    loss: Tensor | float = 0.0
+    correct: Tensor | float = 0.0
+    images: float = 0
+
+    def add(self, loss: Tensor, correct: Tensor, images: int) -> None:
+        """A batch of `images` with its mean loss, and how many of them were classified right."""
+        self.loss = self.loss + loss * images
+        self.correct = self.correct + correct
+        self.images += images
+
+    @property
+    def mean_loss(self) -> float:
+        return float(self.loss) / max(1, self.images)
+
+    @property
+    def accuracy(self) -> float:
+        return float(self.correct) / max(1, self.images)
+
+
+class Interrupt:
+    """Whether Ctrl-C was pressed."""
+
+    pressed = False
 
 
 class Trainer:
@@ -81,88 +112,36 @@ class Trainer:
 
     def __init__(self, options: Config, out: Path, data: Data | None = None):
         self.out = out
-        if options.threads:
-            torch.set_num_threads(options.threads)
         self.device = runs.device(options.device)
-        if self.device.type == "cpu":
-            memory.keep_freed()
         self.data = (data or runs.load_data(options)).to(self.device)
         self.steps_per_epoch = self.data.train.steps(options.batch_size)
-        self.options = options = options.resolve(self.steps_per_epoch)
+        self.options: Resolved = options.resolve(self.steps_per_epoch)
+        options = self.options
         self.total_steps = options.epochs * self.steps_per_epoch
         self.model = runs.build_model(options, self.data.num_classes, self.data.input_shape).to(self.device)
         if options.channels_last:
             self.model.to(memory_format=torch.channels_last)
-        self.phased = self._phased()
+        shape = self.data.input_shape
+        self.phased = presets.activations(options, self.model, shape) if options.east.dyrelu else None
         self.optimizer = _optimizer(options, self.model)
         milestones = [round(min(epoch, options.epochs) * self.steps_per_epoch) for epoch in options.lr_drops]
         self.scheduler = torch.optim.lr_scheduler.MultiStepLR(self.optimizer, milestones, gamma=0.1)
-        self.host = self._host()
-        self.engine = Engine(self.host, self.data.input_shape, "dense" if options.compile else options.engine)
+        plugins = [] if self.phased is None else [self.phased]
+        self.host = presets.hosted(Masking, options, self.model, self.optimizer, shape, plugins)
+        self.engine = Engine(self.host, shape, "dense" if options.compile else options.engine)
         self.forward = torch.compile(self.model) if options.compile else self.model
         self.generator = torch.Generator().manual_seed(options.seed)
         self.epoch, self.step_in_epoch = 0, 0
         self.epoch_generator = self.generator.get_state()
-        self.totals = {"loss": 0.0, "correct": 0.0, "images": 0}
+        self.totals = Totals()
         self.best: dict[str, Any] | None = None
         self.seconds = 0.0
         self.saved = time.monotonic()
         self.diverged = False  # whether an epoch's loss was not finite
 
-    def _phased(self):
-        east = self.options.east
-        if not east.dyrelu:
-            return None
-        if east.dyrelu_end > self.options.epochs:
-            raise UsageError(
-                f"--east-dyrelu-end {east.dyrelu_end:g} lies after the last of {self.options.epochs} epochs"
-            )
-        return attach(
-            self.model,
-            activations.factory(east.dyrelu_type, reduction=east.dyrelu_reduction),
-            self.data.input_shape,
-            phase_out=east.phase_out(self.steps_per_epoch),
-            generator=torch.Generator().manual_seed(self.options.seed),
-        )
-
-    def _host(self) -> Masking:
-        options = self.options
-        host = Masking(
-            self.optimizer,
-            death_rate=options.death_rate,
-            death_rate_decay=registry.rate.get(options.decay_schedule)(options.death_rate, self.total_steps),
-            death_mode=options.death,
-            growth_mode=options.growth,
-            redistribution_mode=options.redistribution,
-            schedule=self._density_schedule(),
-            prune_scope=options.prune_scope,
-            keep_connected=options.keep_connected,
-            seed=options.seed,
-            plugins=[self.phased] if self.phased else [],
-        )
-        host.add_module(
-            self.model,
-            density=options.density,
-            sparse_init=options.sparse_init,
-            input_shape=self.data.input_shape,
-            weight_init=options.weight_init,
-            allocation_options=options.allocation_options,
-        )
-        return host
-
-    def _density_schedule(self):
-        options, end = self.options, self.total_steps
-        frequency = None if options.static else options.update_frequency
-        initial = {} if options.initial_density is None else {"initial": options.initial_density}
-        if options.density_schedule in (None, "constant"):
-            return options.east.density_schedule(options.density, self.steps_per_epoch, frequency, end)
-        if options.density_schedule == "one-shot":
-            return OneShot(options.density, stop=max(1, end // 2), **initial)
-        return Gradual(options.density, stop=max(1, end // 2), frequency=frequency, end=end, **initial)
-
     # ------------------------------------------------------------------ training
 
-    def run_epoch(self, interrupt: dict[str, bool], progress: Progress) -> None:
+    def run_epoch(self, interrupt: Interrupt, progress: Progress) -> None:
         """One epoch, or what is left of it after `restore`; evaluates and logs at its end, and saves where the last
         checkpoint is old or the run is over."""
         options, began = self.options, time.monotonic()
@@ -175,7 +154,7 @@ class Trainer:
             self._step(x, y)
             self.step_in_epoch += 1
             progress.step()
-            if interrupt["pressed"]:
+            if interrupt.pressed:
                 self.seconds += time.monotonic() - began
                 self.save()
                 raise Interrupted(f"stopped in epoch {self.epoch + 1}; go on with --resume --out {self.out}")
@@ -184,7 +163,7 @@ class Trainer:
         line = self._evaluate()
         self.seconds += time.monotonic() - began
         line["seconds"] = round(self.seconds, 2)
-        self.totals = {"loss": 0.0, "correct": 0.0, "images": 0}
+        self.totals = Totals()
         if not math.isfinite(line["loss"]):
             line["loss"] = None  # JSON has no NaN
             if not self.diverged:
@@ -202,30 +181,33 @@ class Trainer:
             output = self.forward(x)
             loss = F.cross_entropy(output, y)
         loss.backward()
+        if self.options.clip_norm is not None:
+            self.host.clip_grad_norm_(self.options.clip_norm, of=self.options.clip_norm_of or "all")
         self.host.step()
         self.scheduler.step()
-        self.totals["loss"] += loss.detach() * len(y)
-        self.totals["correct"] += (output.argmax(1) == y).sum()
-        self.totals["images"] += len(y)
+        self.totals.add(loss.detach(), (output.argmax(1) == y).sum(), len(y))
 
     def _evaluate(self) -> dict[str, Any]:
         """The epoch's line of `metrics.jsonl`; keeps the network where it is the best so far."""
-        loss, correct, images = (float(value) for value in self.totals.values())
+        live = on_path(self.model, self.host.masks, self.data.input_shape)
+        layers = {name: [int(mask.sum()), int(live[name].sum())] for name, mask in self.host.masks.items()}
         line = {
             "epoch": self.epoch,
-            "loss": loss / images,
-            "train_accuracy": correct / images,
+            "loss": self.totals.mean_loss,
+            "train_accuracy": self.totals.accuracy,
             "validation_accuracy": self.accuracy(self.data.validation),
             "density": self.density,
             "nonzeros": self.host.nonzeros,
-            "effective_density": effective_density(self.model, self.host.masks, self.data.input_shape),
+            "effective_density": sum(on for _, on in layers.values()) / self.host.theoretical_size,
             "beta": self.beta,
             "lr": self.scheduler.get_last_lr()[0],
             "death_rate": self.host.death_rate,
             "itop_rate": self.host.fired_masks_update()[1],
+            "layers": layers,  # active weights, and those of them on a path
         }
         at_target = self.host.nonzeros == self.host.target_nonzeros(self.total_steps) and self.beta == 0
-        if at_target and (self.best is None or line["validation_accuracy"] >= self.best["validation_accuracy"]):
+        last = self.options.tested == "last"
+        if at_target and (self.best is None or last or line["validation_accuracy"] >= self.best["validation_accuracy"]):
             self.best = {
                 "epoch": self.epoch,
                 "validation_accuracy": line["validation_accuracy"],
@@ -246,12 +228,14 @@ class Trainer:
 
     def finish(self) -> dict[str, Any]:
         """Test the best network, once, and write the summary."""
-        self.model.load_state_dict(self.best["model"])
-        masks = self.best["masks"]
+        best = self.best
+        assert best is not None  # the last epoch is at the target density, after the phase-out
+        self.model.load_state_dict(best["model"])
+        masks = best["masks"]
         self.host.load_state_dict({**self.host.state_dict(), "masks": masks})
         nonzeros = sum(int(mask.sum()) for mask in masks.values())
         summary = {
-            "method": self.options.method,
+            "method": self.options.label,
             "model": self.options.model,
             "data": self.options.data,
             "input_shape": list(self.data.input_shape),
@@ -262,8 +246,8 @@ class Trainer:
             "effective_density": effective_density(self.model, masks, self.data.input_shape),
             "parameters": sum(p.numel() for p in self.model.parameters()),
             "test_accuracy": self.accuracy(self.data.test),
-            "best_validation_accuracy": self.best["validation_accuracy"],
-            "best_epoch": self.best["epoch"],
+            "best_validation_accuracy": best["validation_accuracy"],
+            "best_epoch": best["epoch"],
             "itop_rate": self.host.fired_masks_update()[1],
             "steps": self.host.steps,
             "epochs": self.epoch,
@@ -271,7 +255,7 @@ class Trainer:
             "seconds": round(self.seconds, 2),
             "peak_memory_mib": _peak_memory(self.device),
             "seed": self.options.seed,
-            "weights_sha256": runs.digest({**self.best["model"], **{f"mask {n}": m for n, m in masks.items()}}),
+            "weights_sha256": runs.digest({**best["model"], **{f"mask {n}": m for n, m in masks.items()}}),
         }
         runs.write_atomically(self.out / runs.SUMMARY, json.dumps(summary, indent=1) + "\n")
         return summary
@@ -304,7 +288,7 @@ class Trainer:
                 "epoch": self.epoch,
                 "step_in_epoch": self.step_in_epoch,
                 "epoch_generator": self.epoch_generator,
-                "totals": {name: float(value) for name, value in self.totals.items()},
+                "totals": {name: float(value) for name, value in vars(self.totals).items()},
                 "seconds": self.seconds,
                 "diverged": self.diverged,
                 "rng": torch.get_rng_state(),
@@ -326,9 +310,10 @@ class Trainer:
         for name in ("model", "optimizer", "scheduler", "host", "engine"):
             getattr(self, name).load_state_dict(state[name])
         if self.phased:
-            self.phased.beta = state["beta"]
-        for name in ("best", "epoch", "step_in_epoch", "totals", "seconds"):
+            self.phased.set_beta(state["beta"])
+        for name in ("best", "epoch", "step_in_epoch", "seconds"):
             setattr(self, name, state[name])
+        self.totals = Totals(**state["totals"])
         self.diverged = state.get("diverged", False)
         self.epoch_generator = state["epoch_generator"].cpu()
         torch.set_rng_state(state["rng"].cpu())
@@ -344,10 +329,10 @@ def _cut_metrics(path: Path, epochs: int) -> None:
         runs.write_atomically(path, "".join(line + "\n" for line in path.read_text().splitlines()[:epochs]))
 
 
-def _optimizer(options: Config, model: nn.Module) -> torch.optim.Optimizer:
+def _optimizer(options: Resolved, model: nn.Module) -> torch.optim.Optimizer:
     parameters = list(model.parameters())
     fused = True if parameters[0].is_cuda else None  # None: PyTorch's choice
-    shared = dict(lr=options.lr, weight_decay=options.weight_decay, fused=fused)
+    shared: dict[str, Any] = dict(lr=options.lr, weight_decay=options.weight_decay, fused=fused)
     if options.optimizer == "sgd":
         return torch.optim.SGD(parameters, momentum=options.momentum, nesterov=options.nesterov, **shared)
     return {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[options.optimizer](parameters, **shared)
@@ -363,14 +348,14 @@ def _peak_memory(device: torch.device) -> float:
 
 
 @contextlib.contextmanager
-def _catch_interrupt():
+def _catch_interrupt() -> Iterator[Interrupt]:
     """The first Ctrl-C only sets a mark, so that a step is never cut in two; the second one stops at once."""
-    interrupt = {"pressed": False}
+    interrupt = Interrupt()
 
-    def mark(signum, frame):
-        if interrupt["pressed"]:
+    def mark(signum: int, frame: Any) -> None:
+        if interrupt.pressed:
             raise KeyboardInterrupt
-        interrupt["pressed"] = True
+        interrupt.pressed = True
 
     try:
         before = signal.signal(signal.SIGINT, mark)

@@ -5,25 +5,58 @@ from __future__ import annotations
 import copy
 import inspect
 from collections.abc import Callable, Iterator, Mapping
-from typing import TYPE_CHECKING, Any
+from contextlib import AbstractContextManager
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from ..errors import UsageError
 from ..ops.select import lowest_k, top_k
 from ..ops.swap import Swapped
 from ..plugins import registry
+from ..plugins.density import Cyclic
 from ..plugins.protocols import Layer
 
-if TYPE_CHECKING:
-    from .attachment import Attachment
+
+class Attached(Protocol):
+    """What an adapter, and the methods of its host, need of EAST's attachment to that host."""
+
+    optimizer: Optimizer | None
+    cycle: Cyclic | None
+
+    def connect(self, adapter: Adapter) -> Any:
+        """Put EAST's moves around the methods of the adapter's host."""
+
+    def making_masks(self, module: nn.Module) -> AbstractContextManager[float]:
+        """Around the making of masks; gives the factor by which shared weights raise the density."""
+
+    def resizing(self) -> AbstractContextManager[int | None]:
+        """Around the host's own update; gives the active weights that cycles ask for, None without."""
+
+    def frequency(self, step: int) -> int | None:
+        """Steps between updates that the host is to believe in at `step`."""
+
+    def stepped(self) -> None:
+        """After every step of the host."""
 
 
 class Driven(Swapped):
     """Mixed into the class of a host: its own methods, with EAST's moves before and after them."""
 
-    east: Attachment
+    east: Attached
+    east_adapter: Any  # the host's own kind of adapter
+
+
+def constructor_parameters(host_class: type) -> list[str]:
+    """Names of the parameters of a class's constructor."""
+    return list(inspect.signature(host_class.__init__).parameters)[1:]  # type: ignore[misc]
+
+
+def theirs(bound_super: Any) -> Any:
+    """`super()` of a method mixed into a host, whose class a type checker cannot see."""
+    return bound_super
 
 
 class Adapter:
@@ -35,9 +68,11 @@ class Adapter:
 
     """
 
+    #: What messages call the host; an adapter without one is a base of others.
     title = ""
-    #: Constructor parameters that tell this host from the others.
+    #: Constructor parameters that tell this host from the others; of several that fit, the longest list decides.
     parameters: frozenset[str] = frozenset()
+    #: What is mixed into the class of a connected host.
     driven: type[Driven]
     #: Whether the host moves weights between layers; its layers' shares are then taken as they are.
     redistributes = False
@@ -54,14 +89,24 @@ class Adapter:
         self.asked_density: float | None = None  # by the script, before sharing raised it
 
     @classmethod
-    def construct(cls, attachment: Attachment, init: Callable[..., None], given: inspect.BoundArguments) -> None:
+    def recognises(cls, host_class: type) -> bool:
+        """Whether hosts of this class are of the adapter's kind, told by the constructor."""
+        return cls.parameters <= set(constructor_parameters(host_class))
+
+    @staticmethod
+    def own(given: dict[str, Any]) -> Any:
+        """Our host in place of theirs, from all arguments of its constructor (`--east-host own`)."""
+        raise UsageError("--east-host own: there is no host of east_plugins in place of this one")
+
+    @classmethod
+    def construct(cls, attachment: Attached, init: Callable[..., None], given: inspect.BoundArguments) -> None:
         """Run the host's constructor; a host that makes its masks there needs more than that."""
         init(*given.args, **given.kwargs)
 
     # ------------------------------------------------------------------ the host's books
 
     @property
-    def optimizer(self) -> torch.optim.Optimizer:
+    def optimizer(self) -> Optimizer:
         return self.host.optimizer
 
     @property
@@ -76,6 +121,11 @@ class Adapter:
     @steps.setter
     def steps(self, value: int) -> None:
         self.host.steps = value
+
+    @property
+    def model(self) -> nn.Module | None:
+        """The network whose masks the host has made; None before it has."""
+        return next(iter(self.host.modules), None)
 
     @property
     def weights(self) -> dict[str, nn.Parameter]:
@@ -121,8 +171,17 @@ class Adapter:
     def check_cycles(self) -> None:
         """Raise `UsageError` where a schedule of the host's own would fight with the cycles."""
 
-    def begin(self, attachment: Attachment) -> None:
+    def begin(self, attachment: Attached) -> None:
         """Called once before the first training step, when schedule and activations are known."""
+
+    def raise_density(self, arguments: dict[str, Any], factor: float) -> None:
+        """Change the arguments of the host's `add_module` so that it makes masks of `factor` times the density asked
+        for, at most dense, and note what was asked."""
+        self.asked_density = arguments["density"]
+        arguments["density"] = min(1.0, factor * arguments["density"])
+
+    def updating(self, nonzeros: int) -> None:
+        """Called before the host's own update inside cycles, with the active weights that they ask for."""
 
     # ------------------------------------------------------------------ the same for every host
 

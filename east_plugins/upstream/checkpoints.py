@@ -12,28 +12,36 @@ import itertools
 import logging
 import weakref
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import Any, Protocol
 
 import torch
 from torch import nn
-
-if TYPE_CHECKING:
-    from .attachment import Attachment
 
 logger = logging.getLogger(__name__)
 
 MARK = "east_unfinished_at_step"
 
+
+class Watched(Protocol):
+    """Whose network it is: its step, and whether the network is at its target."""
+
+    model: nn.Module | None
+    finished: bool
+
+    @property
+    def steps(self) -> int: ...
+
+
 # Modules hold the number only: copies and pickles of a model do not drag the host along.
 _numbers = itertools.count()
-_attachments: weakref.WeakValueDictionary[int, Attachment] = weakref.WeakValueDictionary()
+_watched: weakref.WeakValueDictionary[int, Watched] = weakref.WeakValueDictionary()
 
 
-def watch(attachment: Attachment) -> Callable[[], None]:
-    """Mark what is saved and copied of the attachment's model, until the function that is returned is called."""
-    model = attachment.model
-    model.east_attachment, model.east_unfinished = next(_numbers), True
-    _attachments[model.east_attachment] = attachment
+def watch(model: nn.Module, watched: Watched) -> Callable[[], None]:
+    """Mark what is saved and copied of `model` until the function that is returned is called."""
+    number = next(_numbers)
+    _watched[number] = watched
+    vars(model).update(east_attachment=number, east_unfinished=True)
     model.register_load_state_dict_pre_hook(_keep_the_finished)
     hooks = [
         model.register_state_dict_post_hook(_mark),
@@ -41,24 +49,24 @@ def watch(attachment: Attachment) -> Callable[[], None]:
     ]
 
     def finish() -> None:
-        model.east_unfinished = False
+        vars(model)["east_unfinished"] = False
         for hook in hooks:
             hook.remove()
 
     return finish
 
 
-def _mark(module: nn.Module, state_dict, prefix, local_metadata) -> None:
-    if attachment := _attachments.get(module.east_attachment):
-        state_dict[prefix + MARK] = torch.tensor(attachment.steps)
+def _mark(module: nn.Module, state_dict: dict[str, Any], prefix: str, local_metadata: Any) -> None:
+    if watched := _watched.get(vars(module)["east_attachment"]):
+        state_dict[prefix + MARK] = torch.tensor(watched.steps)
 
 
-def _keep_the_finished(module: nn.Module, state_dict, prefix, *_) -> None:
+def _keep_the_finished(module: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
     if prefix + MARK not in state_dict:
         return
     step = int(state_dict.pop(prefix + MARK))
     own = module.state_dict(prefix=prefix)
-    if module.east_unfinished:  # a step back; activations that are gone stay gone
+    if vars(module)["east_unfinished"]:  # a step back; activations that are gone stay gone
         for name in [name for name in state_dict if "east_activations." in name and name not in own]:
             del state_dict[name]
         return
@@ -69,16 +77,16 @@ def _keep_the_finished(module: nn.Module, state_dict, prefix, *_) -> None:
 
 
 @torch.no_grad()
-def _answer_for_unfinished_copy(module: nn.Module, args, kwargs, output):
-    attachment = _attachments.get(module.east_attachment)
-    if module.training or attachment is None or not attachment.finished:
+def _answer_for_unfinished_copy(module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> Any:
+    watched = _watched.get(vars(module)["east_attachment"])
+    if module.training or watched is None or watched.model is None or not watched.finished:
         return None
     if any(parameter._version for parameter in module.parameters()):  # trained or averaged by the script since
         return None
-    if not hasattr(module, "east_told"):
-        module.east_told = True
+    if "east_told" not in vars(module):
+        vars(module)["east_told"] = True
         logger.warning("a copy of an unfinished network is tested: the finished network answers for it")
-    model, training = attachment.model, attachment.model.training
+    model, training = watched.model, watched.model.training
     model.eval()
     try:
         return model(*args, **kwargs)

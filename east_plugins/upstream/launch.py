@@ -1,30 +1,27 @@
-"""`run`: an existing script as `__main__`, with EAST attached to the host that it builds.
+"""Attaching EAST to whatever host a script builds: the `--east-*` flags in a process that is somebody else's.
 
 Nothing of the script is edited. Four entrances are used, and only where an `--east-*` flag is given: the optimizer's
 constructor (by then the script's host classes are imported), the constructors of those classes, the first call of
 the model in training mode (by then everything is built, and the shape of an input is known), and `parse_args`, which
-records the flags in the script's namespace.
+records the flags in the script's namespace. `runner` runs the script; forks with the flags in their source call
+`add_flags` and `activate`.
 """
 
 from __future__ import annotations
 
 import argparse
 import atexit
-import builtins
 import contextlib
 import functools
-import importlib.abc
-import importlib.util
 import inspect
-import itertools
 import logging
 import math
 import os
-import runpy
+import signal
 import sys
-import types
+import threading
 import weakref
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -33,22 +30,24 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from .. import upstream as adapters
 from ..errors import UsageError
-from ..host import itop
 from ..host.masking import Masking, unwrap
+from ..ops.files import save_checkpoint
 from ..options import east, flags
 from ..options.flags import option
+from ..options.sources import spoken
 from ..plugins import activation as activations
-from . import shims
+from . import hosts
+from . import state as states
 from .adapter import Driven
+from .attachment import Attachment, construct
 from .length import observe
+from .replacing import replaced
 
 logger = logging.getLogger(__name__)
 
+#: Names of the classes that are looked at as hosts of masks.
 HOST_NAMES = ("Masking", "RigLScheduler")
-HELP = """Runs SCRIPT as `python SCRIPT` would (with --module as `python -m`): its own arguments, folder and exit code.
-EAST is attached to the host of masks that it builds. Without --east-* flags its results are those of plain python."""
 
 
 @dataclass(frozen=True)
@@ -67,8 +66,9 @@ class RunOptions:
         None, "steps of an epoch (default: those of the script's longest shuffled DataLoader)", type=int
     )
     state: str | None = option(
-        None, "file to save the last masks, fired weights and step to; torch.load reads it", metavar="FILE"
-    )
+        None, "file to save the last masks, fired weights, step and values to, however the script ends; "
+        "east_plugins.upstream.state reads it", metavar="FILE",
+    )  # fmt: skip
 
     def __post_init__(self):
         if self.epochs is not None and not 0 < self.epochs < math.inf:
@@ -93,148 +93,16 @@ def activate(args: argparse.Namespace) -> None:
     if not given:
         return
     try:
-        activation = Activation(given)
+        takeover = Takeover(given)
     except UsageError as error:
-        sys.exit(_fail(error))
-    activation.namespace = args
-    activation.install()
-    atexit.register(activation.close)
+        print(f"east_plugins: {spoken(str(error))}", file=sys.stderr)
+        sys.exit(2)
+    takeover.namespace = args
+    takeover.install()
+    atexit.register(takeover.close_at_exit)
 
 
-def main(argv: Sequence[str]) -> int:
-    """The command `run`; the exit code is the script's."""
-    parser = flags.Parser(
-        prog="python -m east_plugins run",
-        usage="%(prog)s [--module] SCRIPT [its arguments] [--east-* flags]",
-        description=HELP,
-        add_help=False,
-    )
-    add_flags(parser)
-    shims.add_flags(parser)
-    mine, rest = split(argv, parser)
-    given = vars(parser.parse_args(mine))
-    if rest[:1] in (["-h"], ["--help"]):
-        print(parser.format_help())
-        return 0
-    by_name = rest[:1] in (["-m"], ["--module"])
-    script, arguments = (rest[1:2], rest[2:]) if by_name else (rest[:1], rest[1:])
-    if not script or script[0].startswith("-"):
-        raise UsageError("run needs a SCRIPT, or --module and a module's name, before the script's own arguments")
-    with contextlib.ExitStack() as stack:
-        folder = _enter_script(stack, script[0], arguments, by_name)
-        stack.enter_context(_lend_host())
-        stack.enter_context(shims.installed(given.pop("east_compat", None), folder))
-        activation = Activation(given, ours=frozenset(sys.modules) - {"__main__"}) if given else None
-        if activation:
-            stack.enter_context(_replaced(sys.modules[__name__], "activate", lambda args: None))  # of a patched script
-            stack.callback(activation.uninstall)
-            activation.install()
-        try:
-            if by_name:
-                runpy.run_module(script[0], run_name="__main__", alter_sys=True)
-            else:
-                _run_script(script[0])
-        except KeyboardInterrupt:
-            if activation:
-                activation.close()
-            raise
-        except SystemExit as end:
-            if end.code not in (None, 0):
-                raise
-            if {"-h", "--help"} & set(arguments):
-                print("\n" + "".join(parser.format_help().partition("EAST (")[1:]))
-                raise
-        if activation:
-            activation.close()
-            activation.check_used(script[0])
-    return 0
-
-
-def split(argv: Sequence[str], parser: argparse.ArgumentParser) -> tuple[list[str], list[str]]:
-    """The `--east-*` flags with their values, and everything else in its order.
-
-    Raises `UsageError` for `--east-compat NAME`, whose name would be handed to the script.
-    """
-    mine, rest = [], []
-    for flag, word in itertools.pairwise(itertools.takewhile("--".__ne__, argv)):
-        if flag == "--east-compat" and shims.SHIMS.keys() >= set(word.split(",")):
-            raise UsageError(
-                f"--east-compat {word}: write --east-compat={word}, or where {word} is an argument of the script's, "
-                "put it before --east-compat"
-            )
-    tokens = iter(argv)
-    for token in tokens:
-        name = token.partition("=")[0]
-        if token == "--":
-            rest += [token, *tokens]
-        elif name.replace("_", "-") != "--east" and not name.replace("_", "-").startswith("--east-"):
-            rest.append(token)
-        else:
-            mine.append(token)
-            action = parser._option_string_actions.get(name)
-            if action is not None and action.nargs is None and token == name:
-                mine += [value for value in [next(tokens, None)] if value is not None]
-    return mine, rest
-
-
-def _fail(error: Exception) -> int:
-    print(f"east_plugins: {error}", file=sys.stderr)
-    return 2
-
-
-def _enter_script(stack: contextlib.ExitStack, script: str, arguments: Sequence[str], by_name: bool) -> Path:
-    """`sys.argv` and `sys.path` as the script would have them under plain `python`; returns its folder."""
-    folder = Path.cwd() if by_name else Path(script).resolve().parent
-    if not by_name and not Path(script).is_file():
-        raise UsageError(f"run: no such script: {script}")
-    stack.callback(setattr, sys, "argv", sys.argv)
-    stack.callback(setattr, sys, "path", sys.path[:])
-    sys.argv = [script, *arguments]
-    sys.path[0] = str(folder)
-    return folder
-
-
-def _run_script(script: str) -> None:
-    """What `python SCRIPT` does; unlike under `runpy.run_path` the module stays `__main__`, so that pickling works."""
-    path = os.path.abspath(script)
-    module, before = types.ModuleType("__main__"), sys.modules["__main__"]
-    module.__file__, module.__builtins__ = path, builtins
-    sys.modules["__main__"] = module
-    try:
-        exec(compile(Path(path).read_bytes(), path, "exec", dont_inherit=True), vars(module))
-    finally:
-        sys.modules["__main__"] = before
-
-
-class _Lender(importlib.abc.MetaPathFinder, importlib.abc.Loader):
-    """`sparselearning.core` with our host in it: upstream's is on no package index."""
-
-    def find_spec(self, name, path=None, target=None):
-        if name in ("sparselearning", "sparselearning.core"):
-            return importlib.util.spec_from_loader(name, self, is_package=name == "sparselearning")
-
-    def exec_module(self, module):
-        if module.__name__ == "sparselearning.core":
-            logger.warning("no `sparselearning` found: lending east_plugins' own host under that name")
-            module.Masking = Masking
-            module.CosineDecay, module.LinearDecay = itop.CosineDecay, itop.LinearDecay
-            module.add_sparse_args = itop.add_sparse_args
-
-
-@contextlib.contextmanager
-def _lend_host() -> Iterator[None]:
-    lender = _Lender()
-    sys.meta_path.append(lender)  # the last to be asked
-    try:
-        yield
-    finally:
-        sys.meta_path.remove(lender)
-        for name in ("sparselearning", "sparselearning.core"):
-            if getattr(sys.modules.get(name), "__loader__", None) is lender:
-                del sys.modules[name]
-
-
-class Activation:
+class Takeover:
     """EAST in this process, attached to every host that is built while it is installed.
 
     `ours` names the modules that are not the script's: host classes in them are no sign of a script with a host.
@@ -244,12 +112,12 @@ class Activation:
         self.ours = ours
         self.given = dict(given)
         self.options = east.from_flags(given)
-        _check_activation(self.options)
+        _check_dyrelu_type(self.options)
         names = (field for field in RunOptions.__dataclass_fields__ if f"east_{field}" in given)
         self.run = RunOptions(**{name: given[f"east_{name}"] for name in names})
         self._state = None if self.run.state is None else _writable(self.run.state)
         self.namespace: Any = None
-        self.attachments: list[adapters.Attachment] = []
+        self.attachments: list[Attachment] = []
         self._optimizers: list[weakref.ref[Optimizer]] = []
         self._host_in_sight = False
         self._watched: set[type] = set()
@@ -267,6 +135,8 @@ class Activation:
         self._undo.callback(log.removeHandler, handler)
         log.addHandler(handler)
         log.setLevel(logging.INFO)
+        if self._state and threading.current_thread() is threading.main_thread():
+            self._end_on_signals()
         parse_args, make = argparse.ArgumentParser.parse_args, Optimizer.__init__
 
         @functools.wraps(parse_args)
@@ -282,21 +152,53 @@ class Activation:
             self._find_hosts()
             self._wait_for_training()
 
-        self._undo.enter_context(_replaced(argparse.ArgumentParser, "parse_args", recorded))
-        self._undo.enter_context(_replaced(Optimizer, "__init__", made))
+        self._undo.enter_context(replaced(argparse.ArgumentParser, "parse_args", recorded))
+        self._undo.enter_context(replaced(Optimizer, "__init__", made))
 
     def uninstall(self) -> None:
         self._waiting.close()
         self._undo.close()
 
-    def close(self) -> None:
-        """At the end of the run: write the state where it is asked for, and say what did not come to its end."""
+    def close(self, early: bool = False) -> None:
+        """At the end of the run: write the state where it is asked for, and say what did not come to its end.
+
+        `early` is an end by a signal or an exception. Raises `UsageError` where the state cannot be written; the
+        file is then what it was before.
+        """
         for attachment in self.attachments:
             if attachment.started and not attachment.finished:
-                logger.warning("%s; check --east-epochs", attachment.shortfall())
+                logger.warning("%s%s", attachment.shortfall(), "" if early else "; check --east-epochs")
         hosted = [attachment for attachment in self.attachments if attachment.started and attachment.adapter]
         if self._state and hosted:
-            torch.save(hosted[-1].state_dict(), self._state)
+            try:
+                save_checkpoint(self._state, states.gather(hosted[-1]))
+            except (OSError, RuntimeError) as error:  # torch.save says so of a full disk
+                reason = getattr(error, "strerror", None) or " ".join(str(error).split())[:120]
+                raise UsageError(f"--east-state {self._state} cannot be written: {reason}") from error
+
+    def close_at_exit(self) -> None:
+        """`close` where nobody is left to catch an exception."""
+        try:
+            self.close()
+        except UsageError as error:
+            print(f"east_plugins: {error}", file=sys.stderr)
+
+    def _end_on_signals(self) -> None:
+        """SIGTERM and SIGHUP end the script as `sys.exit` does, so that its state is written; only where they would
+        kill the process, and not in its children."""
+        process = os.getpid()
+
+        def end(number: int, frame: Any) -> None:
+            if os.getpid() == process:
+                sys.exit(128 + number)
+            signal.signal(number, signal.SIG_DFL)
+            os.kill(os.getpid(), number)
+
+        for name in ("SIGTERM", "SIGHUP"):
+            number = getattr(signal, name, None)  # Windows has no SIGHUP
+            if number is not None and signal.getsignal(number) is signal.SIG_DFL:
+                signal.signal(number, end)
+                self._undo.callback(signal.signal, number, signal.SIG_DFL)
 
     def check_used(self, script: str) -> None:
         """Raise `UsageError` where the script is over and nothing was attached."""
@@ -317,14 +219,15 @@ class Activation:
         if cls in self._watched:
             return
         self._watched.add(cls)
-        init, signature = cls.__init__, inspect.signature(cls.__init__)
+        init: Any = cls.__init__  # type: ignore[misc]
+        signature = inspect.signature(init)
 
         @functools.wraps(init)
         def built(host, *args, **kwargs):
             values = [*args, *kwargs.values()]
             if isinstance(host, Driven) or not any(isinstance(value, Optimizer) for value in values):
                 return init(host, *args, **kwargs)  # a subclass's call, or somebody else's class of that name
-            attachment = adapters.construct(host, init, signature.bind(host, *args, **kwargs), self.options)
+            attachment = construct(host, init, signature.bind(host, *args, **kwargs), self.options)
             if any(other.started and other.optimizer is attachment.optimizer for other in self.attachments):
                 raise UsageError("the host was built after training had begun: --east-* flags cannot act on it")
             self.attachments.append(attachment)
@@ -333,11 +236,11 @@ class Activation:
         def ours(cls, *args, **kwargs):
             given = signature.bind(None, *args, **kwargs)
             given.apply_defaults()
-            return adapters.adapter_class(cls).own(dict(list(given.arguments.items())[1:]))
+            return hosts.adapter_for(cls).own(dict(list(given.arguments.items())[1:]))
 
-        self._undo.enter_context(_replaced(cls, "__init__", built))
+        self._undo.enter_context(replaced(cls, "__init__", built))
         if self.run.host == "own" and not issubclass(cls, Masking):
-            self._undo.enter_context(_replaced(cls, "__new__", ours, lambda cls, *args, **kwargs: object.__new__(cls)))
+            self._undo.enter_context(replaced(cls, "__new__", ours, lambda cls, *args, **kwargs: object.__new__(cls)))
 
     # ------------------------------------------------------------------ the first training step
 
@@ -351,7 +254,7 @@ class Activation:
                 self._begin(unwrap(module), args)
             return call(module, *args, **kwargs)
 
-        self._waiting.enter_context(_replaced(nn.Module, "__call__", called))
+        self._waiting.enter_context(replaced(nn.Module, "__call__", called))
 
     def _begin(self, model: nn.Module, args: tuple) -> None:
         waiting = [a for a in self.attachments if not a.started and a.model is not None]
@@ -363,13 +266,12 @@ class Activation:
         self._waiting.close()
         shape = args[0].shape[1:] if len(args) == 1 and isinstance(args[0], Tensor) else None
         decay = attachment.adapter.rate_decay if attachment.adapter else None
-        length = None
-        if self.options.cyclic or self.options.dyrelu:
-            run = self.run
+        length, run = None, self.run
+        if attachment.optimizer and (self.options.cyclic or self.options.dyrelu):
             length = observe(attachment.optimizer, decay, self.namespace, run.epochs, run.steps_per_epoch)
         attachment.start(length, shape)
 
-    def _without_host(self, model: nn.Module, args: tuple) -> adapters.Attachment | None:
+    def _without_host(self, model: nn.Module, args: tuple) -> Attachment | None:
         """EAST on a dense or static run: the model is the first called that holds all of an optimizer's parameters."""
         if not (len(args) == 1 and isinstance(args[0], Tensor)):
             return None
@@ -382,37 +284,30 @@ class Activation:
             return None
         if not self._host_in_sight:
             raise UsageError(
-                f"the script has no known host that --east-* flags could act on; known are {adapters.KNOWN}"
+                f"the script has no known host that --east-* flags could act on; known are {hosts.known()}"
             )
-        attachment = adapters.Attachment(self.options)
+        attachment = Attachment(self.options)
         attachment.model, attachment.optimizer = model, optimizer
         self.attachments.append(attachment)
         return attachment
 
 
-def _check_activation(options: east.EastOptions) -> None:
+def _check_dyrelu_type(options: east.EastOptions) -> None:
     if not options.dyrelu or options.dyrelu_type.startswith("__main__:"):  # not there before the script runs
         return
     try:
         activations.factory(options.dyrelu_type, reduction=options.dyrelu_reduction)
     except UsageError as error:
-        raise UsageError(f"--east-dyrelu-type: {error}") from error
+        raise UsageError(f"`east_dyrelu_type`: {error}") from error
 
 
 def _writable(state: str) -> Path:
     """The file of `--east-state`, found again should the script change folders."""
     path = Path(state).absolute()
-    if path.is_dir() or not path.parent.is_dir() or not os.access(path if path.exists() else path.parent, os.W_OK):
+    if (
+        path.is_dir()
+        or not path.parent.is_dir()
+        or not all(os.access(p, os.W_OK) for p in (path, path.parent) if p.exists())
+    ):
         raise UsageError(f"--east-state {state!r} cannot be written; allowed is a file in a folder that exists")
     return path
-
-
-@contextlib.contextmanager
-def _replaced(owner: Any, name: str, new: Callable, old: Callable | None = None) -> Iterator[None]:
-    """`owner.name` is `new` for a while, and its old self (or `old`) again afterwards."""
-    old = old or getattr(owner, name)
-    setattr(owner, name, new)
-    try:
-        yield
-    finally:
-        setattr(owner, name, old)

@@ -63,7 +63,8 @@ def decay_steps(decay: Any) -> int | None:
 
 
 def _steps_per_epoch() -> int:
-    random, others = [], []
+    random: list[int] = []
+    others: list[int] = []
     for loader in _living(DataLoader):
         try:
             (random if _shuffled(loader.sampler) else others).append(len(loader))
@@ -82,7 +83,7 @@ def _shuffled(sampler: Sampler) -> bool:
 
 def _first_drop(optimizer: Optimizer, epochs: float, steps_per_epoch: int) -> float | None:
     """Milestones count epochs, or steps where there are not so many epochs."""
-    drops = []
+    drops: list[float] = []
     for scheduler in _living(LRScheduler):
         if scheduler.optimizer is not optimizer:
             continue

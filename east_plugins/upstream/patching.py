@@ -1,4 +1,4 @@
-"""`patch`: the `--east-*` flags in a checkout of a published script, for people who keep a fork.
+"""The `--east-*` flags in a checkout of a published script, for people who keep a fork.
 
 A patch in `patches/` adds lines only and has no context, so that no line of anybody else is kept here; it names the
 upstream commit and the SHA-256 of the one file that it fits. Several files of a checkout are changed together or not
@@ -8,7 +8,6 @@ at all.
 from __future__ import annotations
 
 import hashlib
-import os
 import re
 import sys
 from collections.abc import Sequence
@@ -16,7 +15,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..errors import UsageError
-from ..options import flags
 
 _HUNK = re.compile(r"@@ -(\d+),0 \+(\d+)(?:,(\d+))? @@")
 
@@ -101,7 +99,7 @@ def _changed(path: Path, patch: Patch, reverse: bool) -> bytes:
     before = patch.reverse(content)
     patched = patch.fits(before)
     if reverse:
-        if not patched:
+        if before is None or not patched:
             raise UsageError(f"patch --reverse: {path} does not have this patch, or was changed beside it")
         return before
     if patched:
@@ -112,23 +110,3 @@ def _changed(path: Path, patch: Patch, reverse: bool) -> bytes:
             f"{patch.commit[:7]} (SHA-256 {patch.sha256[:12]}..., not {hashlib.sha256(content).hexdigest()[:12]}...)"
         )
     return patch.apply(content)
-
-
-def main(argv: Sequence[str]) -> int:
-    """The command `patch`."""
-    parser = flags.Parser(
-        prog="python -m east_plugins patch",
-        description="Adds the --east-* flags to the published scripts in a checkout, for people who keep a fork: three "
-        "lines a script. Only a file that is exactly the one its patch was made for is changed.",
-    )
-    known = ", ".join(sorted({patch.repository.removeprefix("https://github.com/") for patch in patches()}))
-    parser.add_argument("checkout", type=Path, metavar="CHECKOUT", help=f"root of a checkout of one of {known}")
-    parser.add_argument("--reverse", action="store_true", help="take the lines out again, which restores every byte")
-    args = parser.parse_args(argv)
-    for path, content in changed(args.checkout, args.reverse).items():
-        temporary = path.with_name(path.name + ".east")
-        temporary.write_bytes(content)
-        os.chmod(temporary, path.stat().st_mode)
-        os.replace(temporary, path)
-        print(f"{'restored' if args.reverse else 'patched'} {path}")
-    return 0

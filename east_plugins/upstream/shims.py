@@ -12,7 +12,10 @@ import functools
 import importlib.abc
 import importlib.machinery
 import os
+import pickle
+import re
 import sys
+import traceback
 import types
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -22,6 +25,8 @@ import numpy as np
 import torch
 
 from ..errors import MissingExtraError, UnknownNameError
+from .replacing import replaced
+from .runner import Lender
 
 _NUMPY = {
     "product": "prod", "cumproduct": "cumprod", "sometrue": "any", "alltrue": "all", "in1d": "isin", "round_": "round",
@@ -38,7 +43,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
         "--east-compat", nargs="?", const=",".join(SHIMS), default=argparse.SUPPRESS, metavar="NAMES",
         help="supply what the script needs to start today, and say on stderr what of it was used. All of the "
         "following, or with --east-compat=NAME,NAME only these. "
-        + "; ".join(f"{name}: {shim.__doc__.rstrip('.')}" for name, shim in SHIMS.items()),
+        + "; ".join(f"{name}: {(shim.__doc__ or '').rstrip('.')}" for name, shim in SHIMS.items()),
     )  # fmt: skip
 
 
@@ -56,6 +61,42 @@ def installed(names: str | None, folder: Path) -> Iterator[None]:
         yield
 
 
+def advice(error: BaseException, folder: Path, given: str | None) -> str | None:
+    """One line that names the switch of `--east-compat` which supplies what a script in `folder` failed on; None where
+    none does, or where it was `given` already."""
+    name = _serving(error, folder)
+    if name is None or name in (given or "").split(","):
+        return None
+    what = (SHIMS[name].__doc__ or "").rstrip(".")
+    return f"east_plugins: --east-compat={name} supplies {what}; --east-compat alone supplies all that it can"
+
+
+def _serving(error: BaseException, folder: Path) -> str | None:
+    text = str(error)
+    missing = error.name or "" if isinstance(error, ImportError) else ""
+    if isinstance(error, (AttributeError, ImportError)):
+        removed = re.search(r"'numpy' has no attribute '(\w+)'|`np\.(\w+)`|import name '(\w+)' from 'numpy'", text)
+        if removed and {*removed.groups()} & {*_NUMPY, *_NUMPY_BUILTINS}:
+            return "numpy"
+    if missing == "torch._six":
+        return "torch"
+    package = missing.partition(".")[0]
+    if package == "code" and _has_code(folder):
+        return "code"
+    if isinstance(error, ModuleNotFoundError) and package and _Above(folder).spec(package) is not None:
+        return "path"
+    if re.search("not compiled with CUDA|Found no NVIDIA driver|No CUDA GPUs", text):
+        return "cuda"
+    if isinstance(error, pickle.UnpicklingError) and "weights_only" in text:
+        return "load"
+    return "data" if _raised_in(error, "torchvision.datasets") else None
+
+
+def _raised_in(error: BaseException, package: str) -> bool:
+    frames = (frame.f_globals.get("__name__", "") for frame, _ in traceback.walk_tb(error.__traceback__))
+    return any(name == package or name.startswith(f"{package}.") for name in frames)
+
+
 def _tell(what: str) -> None:
     if what not in _told:
         _told.add(what)
@@ -64,9 +105,7 @@ def _tell(what: str) -> None:
 
 def _replace(stack: contextlib.ExitStack, owner: Any, name: str, make: Callable[[Any], Any]) -> None:
     """`owner.name` is `make(its old self)` until the stack closes."""
-    old = getattr(owner, name)
-    stack.callback(setattr, owner, name, old)
-    setattr(owner, name, make(old))
+    stack.enter_context(replaced(owner, name, make(getattr(owner, name))))
 
 
 def _removed_numpy(stack: contextlib.ExitStack, folder: Path) -> None:
@@ -104,7 +143,7 @@ def _removed_torch(stack: contextlib.ExitStack, folder: Path) -> None:
             return contents[name]
         raise AttributeError(name)
 
-    module.__getattr__ = getattribute
+    vars(module)["__getattr__"] = getattribute
     if "torch._six" not in sys.modules:
         sys.modules["torch._six"] = module
         stack.callback(sys.modules.pop, "torch._six", None)
@@ -130,7 +169,7 @@ def _cuda_without_cuda(stack: contextlib.ExitStack, folder: Path) -> None:
 def _local_code(stack: contextlib.ExitStack, folder: Path) -> None:
     """the script's own package `code` in place of the standard library's."""
     ours = sys.modules.get("code")
-    if not ((folder / "code").is_dir() or (folder / "code.py").is_file()) or ours is None:
+    if ours is None or not _has_code(folder):
         return
     _tell(f"`code` is the package in {folder}")
     del sys.modules["code"]
@@ -141,6 +180,10 @@ def _local_code(stack: contextlib.ExitStack, folder: Path) -> None:
         sys.modules["code"] = ours
 
     stack.callback(restore)
+
+
+def _has_code(folder: Path) -> bool:
+    return (folder / "code").is_dir() or (folder / "code.py").is_file()
 
 
 def _trusted_load(stack: contextlib.ExitStack, folder: Path) -> None:
@@ -162,8 +205,6 @@ def _trusted_load(stack: contextlib.ExitStack, folder: Path) -> None:
 
 
 def _weights_only(load: Callable, path: Path) -> bool:
-    import pickle
-
     try:
         load(path, map_location="meta", weights_only=True)
     except pickle.UnpicklingError:
@@ -209,8 +250,11 @@ class _Above(importlib.abc.MetaPathFinder):
         above = [parent for parent in folder.parents if root and parent.is_relative_to(root)]
         self.folders = [str(parent) for parent in above]
 
+    def spec(self, name: str) -> importlib.machinery.ModuleSpec | None:
+        return importlib.machinery.PathFinder.find_spec(name, self.folders)
+
     def find_spec(self, name, path=None, target=None):
-        spec = importlib.machinery.PathFinder.find_spec(name, self.folders) if path is None else None
+        spec = self.spec(name) if path is None else None
         if spec is not None and spec.origin is not None:
             _tell(f"`{name}` is the one in {Path(spec.origin).parent}")
             return spec
@@ -220,7 +264,7 @@ class _Above(importlib.abc.MetaPathFinder):
 def _packages_above(stack: contextlib.ExitStack, folder: Path) -> None:
     """packages in the root of a checkout, for a script in one of its folders."""
     finder = _Above(folder)
-    place = next((i for i, f in enumerate(sys.meta_path) if type(f).__name__ == "_Lender"), len(sys.meta_path))
+    place = next((i for i, f in enumerate(sys.meta_path) if isinstance(f, Lender)), len(sys.meta_path))
     sys.meta_path.insert(place, finder)
     stack.callback(sys.meta_path.remove, finder)
 

@@ -78,7 +78,7 @@ def test_checks_end_in_a_table(tmp_path):
     [
         (["--itop", "/nowhere", "--tiny"], "--itop /nowhere is no checkout of ITOP"),
         (["--nonsense"], "--nonsense"),
-        (["experiment", "resnet99", "--out", "x"], "unknown part 'resnet99'; allowed: resnet34-paper"),
+        (["experiment", "resnet99", "--out", "x"], "unknown part 'resnet99'; did you mean resnet"),
         (["experiment", "resnet34-paper", "--tiny", "--out", "x"], "--data must name a folder or archive"),
         (["experiment", "table", "--out", "x"], "--out"),
     ],

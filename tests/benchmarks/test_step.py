@@ -1,16 +1,15 @@
 """A whole training step on two CPU cores, batch 128, against the same step under dense masking."""
 
-from argparse import Namespace
-
 import pytest
 import torch
 
-from east_plugins.measure import step as bench
+from east_plugins.measure.networks import MASKS, Subject
+from east_plugins.measure.step import step
 
 pytestmark = pytest.mark.slow
 
 
-@pytest.mark.parametrize("masks", bench.MASKS)
+@pytest.mark.parametrize("masks", MASKS)
 @pytest.mark.parametrize(
     "model, density, times",
     [
@@ -20,10 +19,7 @@ pytestmark = pytest.mark.slow
 )  # fmt: skip
 def test_times_faster_than_dense_masking(model, density, times, masks):
     torch.set_num_threads(2)
-    result = bench.step(
-        Namespace(model=model, classes=10, density=density, masks=masks, batch_size=128, repeats=1, growth="gradient",
-                  device="cpu", activation=None, itop=None)
-    )  # fmt: skip
-    if masks != "random":  # nearly dead, so they prove little
+    result = step(Subject(model, 10, density, masks), batch_size=128, repeats=1)
+    if masks != "ERK":  # nearly dead, so they prove little
         assert result["ratios"]["dense_over_sparse"] >= times
     assert result["ratios"]["dense_over_auto"] >= 0.97

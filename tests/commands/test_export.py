@@ -1,10 +1,12 @@
 """`export RUN --format ...` through the command line."""
 
+import json
 import os
 import shutil
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import torch
 
@@ -12,6 +14,7 @@ from east_plugins import export
 from east_plugins.__main__ import main
 from east_plugins.training import runs
 
+onnxruntime = pytest.importorskip("onnxruntime")
 FORMATS = ["c", "onnx", "safetensors"]
 
 
@@ -63,7 +66,38 @@ def test_the_c_file_is_a_program_that_classifies_an_image(run, tmp_path):
         printed = subprocess.run([program], input=pgm, capture_output=True, check=True, text=False).stdout
         scores = trained.model(normalised[None])[0]
         assert printed.decode().startswith(f"class {scores.argmax()} of 10, score {scores.max():.3g}"[:-2])
-    assert subprocess.run([program], input=b"P5\n9 9\n255\n", capture_output=True).returncode == 2
+    noted = b"P5 # by a camera\n#two\n%d %d\n# 8 bits\n255\n" % (width, height) + image.numpy().tobytes()
+    assert subprocess.run([program], input=noted, capture_output=True, check=True, text=False).stdout == printed
+    for wrong in (b"P5\n9 9\n255\n", b"P6" + noted[2:], noted[:-1], b"P5\n16 16\n65535\n" + bytes(512), b"", b"P5#"):
+        assert subprocess.run([program], input=wrong, capture_output=True).returncode == 2
+
+
+def test_files_say_how_inputs_are_made_and_what_outputs_are_called(run, tmp_path):
+    for kind in ("c", "onnx"):
+        assert main(["export", str(run), "--format", kind, "--out", str(tmp_path / f"net.{kind}")]) == 0
+    test = runs.load_data(runs.read_config(run)).test
+    (tmp_path / "main.c").write_text(
+        '#include "net.c"\n#include <stdio.h>\nint main(void) { printf("%.9g %.9g %s", net_mean[0], net_deviation[0], '
+        "net_labels[7]); return 0; }\n"
+    )
+    strict = ["-std=c99", "-Wall", "-Wextra", "-Werror", "-O0"]
+    subprocess.run(["cc", *strict, tmp_path / "main.c", "-o", tmp_path / "main", "-lm"], check=True)
+    printed = subprocess.run([tmp_path / "main"], capture_output=True, text=True).stdout.split()
+    assert [np.float32(word) for word in printed[:2]] == [test.mean.item(), test.std.item()] and printed[2] == "7"
+    session = onnxruntime.InferenceSession(tmp_path / "net.onnx")
+    metadata = session.get_modelmeta().custom_metadata_map
+    assert json.loads(metadata["mean"]) == [test.mean.item()] and json.loads(metadata["labels"])[7] == "7"
+    assert metadata["input_layout"] == "batch, channel, row, column"
+
+
+def test_any_label_is_a_string_in_c(tmp_path):
+    labels = ('say "hi"', "back\\slash", "what??/", "Käse 7", "new\nline1", "")
+    text = export.Interface((1.0,), (2.0,), labels).in_c("net")
+    loop = "int main(void) { for (int i = 0; i < 6; i++) { puts(net_labels[i]); putchar(1); } return 0; }"
+    (tmp_path / "a.c").write_text(f"#include <stdio.h>\n{text}\n{loop}\n")
+    subprocess.run(["cc", "-std=c99", "-trigraphs", tmp_path / "a.c", "-o", tmp_path / "a"], check=True)
+    printed = subprocess.run([tmp_path / "a"], capture_output=True).stdout.decode()
+    assert tuple(printed.split("\n\x01")[:-1]) == labels
 
 
 def test_safetensors_of_a_run_load_without_anything_else(run, tmp_path):

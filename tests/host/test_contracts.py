@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from east_plugins import CosineDecay, Masking, UsageError, growth
+from east_plugins import CosineDecay, Engine, Masking, UsageError, growth
 from east_plugins.host import gradients
 from east_plugins.plugins.activation import factory
 from east_plugins.plugins.activation.phased import PhaseOut, attach
@@ -229,7 +229,7 @@ def test_what_is_kept_of_masks_for_cuda_follows_them_in_place(monkeypatch):
     model = network()
     host = host_of(model, 0.3, update_frequency=None)
     train(model, host, 1)
-    kept = {name: factor.values for name, factor in host._masked_gradients._factors.items()}
+    kept = {name: factor.values for name, factor in host._stepping.masked._factors.items()}
     for parameter in model.parameters():
         parameter.grad = torch.randn_like(parameter)
     before = copy.deepcopy(host.masks)
@@ -303,3 +303,62 @@ def test_transposed_convolutions_get_values_for_their_own_fan_in():
     host = Masking(torch.optim.SGD(model.parameters(), 0.1), growth_mode="random", seed=0)
     host.add_module(model, density=1.0, weight_init="sparse-fan-in")
     assert float(model[0].weight.detach().std()) == pytest.approx((2 / (64 * 9)) ** 0.5, rel=0.05)
+
+
+def updates_of(host, model, steps):
+    """The steps after which the topology was another."""
+    found, before = [], {name: mask.clone() for name, mask in host.masks.items()}
+    for step in range(steps):
+        train(model, host, 1, first=step)
+        if any(not torch.equal(before[name], mask) for name, mask in host.masks.items()):
+            found.append(host.steps)
+        before = {name: mask.clone() for name, mask in host.masks.items()}
+    return found
+
+
+@pytest.mark.parametrize("schedule", [None, Constant(0.05, 5)], ids=["of its own", "given"])
+def test_the_steps_between_updates_can_be_set_at_any_time(schedule):
+    model = network()
+    host = host_of(model, schedule=schedule, update_frequency=5)
+    assert host.prune_every_k_steps == 5
+    host.prune_every_k_steps = 3
+    assert updates_of(host, model, 6) == [3, 6] and host.prune_every_k_steps == 3
+    host.prune_every_k_steps = None
+    assert updates_of(host, model, 3) == []
+    host.prune_every_k_steps = 2
+    assert updates_of(host, model, 3) == [10, 12]
+
+
+def test_the_steps_between_updates_set_before_a_module_is_added_hold():
+    model = network()
+    host = Masking(torch.optim.SGD(model.parameters(), 0.1), growth_mode="random", seed=0)
+    host.prune_every_k_steps = 2
+    host.add_module(model, density=0.05)
+    assert updates_of(host, model, 4) == [2, 4]
+
+
+def test_cycles_keep_the_updates_that_their_density_needs():
+    model = network()
+    cycle = Cyclic(0.05, multiplier=4, cycles=1, length=4, cyclic_frequency=1, frequency=1, end=99)
+    host = host_of(model, schedule=cycle)
+    host.prune_every_k_steps = None
+    assert updates_of(host, model, 6) == [1, 2, 3, 4]
+    assert host.nonzeros == round(0.05 * host.theoretical_size)
+
+
+@pytest.mark.parametrize("schedule, steps", [(None, 0), (Constant(0.05, 5), -1), (OneShot(0.05, stop=4), 3)])
+def test_steps_between_updates_that_cannot_be_are_refused(schedule, steps):
+    host = host_of(network(), schedule=schedule, update_frequency=7)
+    before = host.prune_every_k_steps
+    with pytest.raises(UsageError, match="at least 1 step|own update steps"):
+        host.prune_every_k_steps = steps
+    assert host.prune_every_k_steps == before
+
+
+def test_the_default_growth_rule_tells_an_engine_why_it_is_dense(caplog):
+    model = network()
+    host = Masking(torch.optim.SGD(model.parameters(), 0.1))  # ITOP's default: momentum
+    host.add_module(model, density=0.05)
+    Engine(host, (3, 16, 16))
+    (record,) = [record for record in caplog.records if record.levelname == "WARNING"]
+    assert "growth_mode='momentum'" in record.getMessage() and "choose growth_mode 'gradient'" in record.getMessage()

@@ -274,13 +274,13 @@ def test_masks_of_another_model_are_refused():
         (dict(death_mode="magnitud"), "did you mean magnitude"),
         (dict(redistribution_mode="momentun"), "did you mean momentum"),
         (dict(sparse_init="ERq"), "did you mean"),
-        (dict(death_rate=1.5), "--death-rate"),
-        (dict(prune_scope="galactic"), "--prune-scope"),
+        (dict(death_rate=1.5), "`death_rate`"),
+        (dict(prune_scope="galactic"), "`prune_scope`"),
         (dict(growth_death_ratio=0.5), "growth_death_ratio"),
-        (dict(density=0), "--density"),
-        (dict(density=float("nan")), "--density"),
+        (dict(density=0), "`density`"),
+        (dict(density=float("nan")), "`density`"),
         (dict(sparse_init="connected"), "input_shape"),
-        (dict(density=0.001), "--density gives"),
+        (dict(density=0.001), "`density` gives"),
     ],
 )
 def test_wrong_options_are_refused_in_one_line(kwargs, words):

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from east_plugins.host.packed import PackedState
-from east_plugins.ops.active import Active, ActiveSets
+from east_plugins.ops.active import Active
 
 OPTIMIZERS = {
     "sgd": lambda p: torch.optim.SGD(p, lr=0.1),
@@ -130,13 +130,3 @@ def test_a_failing_step_leaves_the_parameter_whole():
     with pytest.raises(RuntimeError), PackedState(optimizer).stepping({weight: Active(mask)}):
         raise RuntimeError
     assert torch.equal(weight, before) and weight.grad is gradient
-
-
-def test_active_sets_follow_masks_that_are_written_to():
-    sets, mask = ActiveSets(), torch.zeros(3, 3, dtype=torch.bool)
-    mask[1, 2] = True
-    first = sets.of("a", mask)
-    assert first.flat.tolist() == [5] and sets.of("a", mask) is first
-    mask[0, 0] = True
-    assert sets.of("a", mask).flat.tolist() == [0, 5]
-    assert sets.of("a", torch.ones(2, 2, dtype=torch.bool)).flat.tolist() == [0, 1, 2, 3]

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from east_plugins.__main__ import main
-from east_plugins.measure.networks import draw
+from east_plugins.measure.networks import Subject
 
 SMALL = "bench inference --model resnet20 --density 0.05 --batch 1,2 --repeats 2".split()
 
@@ -24,7 +24,7 @@ def test_json(capsys):
     assert result["ratios"]["onnxruntime_dense_over_c"] == pytest.approx(median["onnxruntime_dense"] / median["c"])
 
 
-@pytest.mark.parametrize("masks", ["trained", "random"])
+@pytest.mark.parametrize("masks", ["trained", "connected-trained", "random"])
 def test_table_and_chart(masks, tmp_path, capsys):
     assert main([*SMALL, "--masks", masks, "--plot", str(tmp_path / "bars.png")]) == 0
     assert "onnxruntime_dense_over_c" in capsys.readouterr().out
@@ -44,8 +44,9 @@ def test_refusals(flags, capsys):
     assert capsys.readouterr().err.count("\n") == 1
 
 
-def test_trained_masks_moved():
-    (_, start), (_, moved) = (draw("resnet20", 10, 0.05, masks) for masks in ("connected", "trained"))
+@pytest.mark.parametrize("start, end", [("ERK", "trained"), ("connected", "connected-trained")])
+def test_trained_masks_moved(start, end):
+    start, moved = (Subject("resnet20", 10, 0.05, masks).drawn for masks in (start, end))
     assert {name: mask.sum() for name, mask in start.items()} == {name: mask.sum() for name, mask in moved.items()}
     assert any(not torch.equal(start[name], moved[name]) for name in start)
 

@@ -5,20 +5,26 @@ import pytest
 import yaml
 
 from east_plugins.errors import UsageError
-from east_plugins.options import config, flags
-from east_plugins.options.config import METHODS, TRICKS, Config
+from east_plugins.options import flags, sources
+from east_plugins.options.config import Config
+from east_plugins.options.methods import METHODS, TRICKS
 from east_plugins.training import runs
 
 
-def parse(line):
-    parser = flags.Parser()
-    config.add_flags(parser)
-    return config.from_flags(vars(parser.parse_args(line.split())))
+def parse(line, steps=None):
+    """The run that flags describe, resolved where `steps` an epoch are given; errors as the command line says them."""
+    parser = flags.Parser(late=sources.late)
+    sources.add_flags(parser)
+    try:
+        asked = sources.from_flags(vars(parser.parse_args(line.split())))
+        return asked if steps is None else asked.resolve(steps)
+    except UsageError as error:
+        raise UsageError(sources.spoken(str(error))) from error
 
 
 def test_paper_numbers_come_out_for_the_papers_run():
     # Table B.1: 250 epochs, drops at 75 and 150, two cycles of 50 epochs, peak 10, every 350 and 4000 steps
-    east = parse("--method east --epochs 250 --density 0.0005").resolve(352)
+    east = parse("--method east --epochs 250 --density 0.0005 --lr-drops 75,150").resolve(352)
     assert (east.lr, east.lr_drops, east.momentum, east.weight_decay) == (0.1, [75, 150], 0.9, 1e-4)
     assert east.death_rate == 0.5
     assert (east.update_frequency, east.sparse_init, east.growth, east.death) == (4000, "ERK", "gradient", "magnitude")
@@ -48,7 +54,7 @@ def test_values_given_by_hand_stand_as_given():
 
 @pytest.mark.parametrize("trick", TRICKS)
 def test_tricks_add_up(trick):
-    options = parse(f"--method rigl+{trick}")
+    options = parse(f"--method rigl+{trick}").resolve(5)
     assert options.growth == "gradient"
     on = {
         "cyclic": options.east.cyclic,
@@ -62,7 +68,7 @@ def test_tricks_add_up(trick):
 
 def test_east_leaves_sharing_out_on_dctps_layers():
     for line in ("--method east --dctps", "--method east+dctps"):
-        options = parse(line)
+        options = parse(line).resolve(5)
         assert options.dctps and options.east.cyclic and options.east.dyrelu and not options.east.share
 
 
@@ -107,23 +113,23 @@ def test_a_file_that_names_no_method_keeps_all_its_keys(tmp_path):
 
 
 def test_the_phase_out_ends_before_the_first_drop_in_whatever_order():
-    assert parse("--method east --lr-drops 10,5").resolve(21).east.dyrelu_end == pytest.approx(5 * 74 / 75)
+    assert parse("--method east --lr-drops 10,5").resolve(21).east.dyrelu_end == pytest.approx(5 - 250 / 250)
 
 
 @pytest.mark.parametrize("off", ["cyclic", "dyrelu", "share"])
 def test_a_trick_that_is_off_in_the_file_is_off(off, tmp_path):
     (tmp_path / "c.yaml").write_text(f"method: east\neast-{off}: false\n")
-    options = parse(f"--config {tmp_path / 'c.yaml'}")
+    options = parse(f"--config {tmp_path / 'c.yaml'}").resolve(5)
     assert [name for name in ("cyclic", "dyrelu", "share") if not getattr(options.east, name)] == [off]
     runs.write_config(tmp_path, options)
-    assert runs.read_config(tmp_path) == options
-    assert getattr(parse(f"--config {tmp_path / 'c.yaml'} --east-{off}").east, off)
-    assert getattr(parse(f"--config {tmp_path / 'c.yaml'} --east").east, off)
+    assert runs.read_config(tmp_path).resolve(5) == options
+    assert getattr(parse(f"--config {tmp_path / 'c.yaml'} --east-{off}").resolve(5).east, off)
+    assert getattr(parse(f"--config {tmp_path / 'c.yaml'} --east").resolve(5).east, off)
 
 
 def test_dctps_that_is_off_in_the_file_is_off(tmp_path):
     (tmp_path / "c.yaml").write_text("method: east+dctps\ndctps: false\n")
-    options = parse(f"--config {tmp_path / 'c.yaml'}")
+    options = parse(f"--config {tmp_path / 'c.yaml'}").resolve(5)
     assert not options.dctps and options.east.share
     assert parse(f"--config {tmp_path / 'c.yaml'} --dctps").dctps
 
@@ -178,8 +184,8 @@ def test_wrong_files_are_named(text, words, tmp_path):
         ("--lr-drops 3,inf", "--lr-drops"),
         ("--lr-drops=-1", "--lr-drops"),
         ("--lr-drops 3,x", "--lr-drops: must be epochs joined by commas"),
-        ("--initial-density nan", r"--initial-density must be in \(0, 1\]"),
-        ("--method granet --initial-density 1.5", "--initial-density"),
+        ("--method granet --initial-density nan", r"--density-schedule-initial must be in \(0, 1\]"),
+        ("--method granet --initial-density 1.5", "--density-schedule-initial"),
         ("--nesterov --momentum 0", "--nesterov needs --optimizer sgd and --momentum over 0, got sgd and 0"),
         ("--nesterov --optimizer adam", "--nesterov needs"),
         ("--method granet+cyclic", "--method granet.cyclic: --east-cyclic and --density-schedule gradual both set"),
@@ -205,7 +211,7 @@ def test_wrong_files_are_named(text, words, tmp_path):
 )
 def test_wrong_flags_are_named(line, words):
     with pytest.raises(UsageError, match=words) as error:
-        parse(line)
+        parse(line, steps=352)
     assert "\n" not in str(error.value)
 
 
@@ -220,11 +226,11 @@ def test_east_config_file(tmp_path):
 
 
 def test_every_option_has_a_flag_and_help():
-    parser = flags.Parser()
-    config.add_flags(parser)
+    parser = flags.Parser(late=sources.late)
+    sources.add_flags(parser)
     text = parser.format_help()
     for field in dataclasses.fields(Config):
-        if field.name != "east":
+        if field.name not in ("east", "plugin_options"):
             assert "--" + field.name.replace("_", "-") in text
 
 
@@ -236,7 +242,8 @@ def test_every_shipped_config_can_be_read_and_resolved(path):
 
 def test_every_method_and_shipped_config_is_documented():
     root = Path(__file__).parents[2]
-    methods = (root / "README.md").read_text().partition("\nMethods: ")[2].partition(";")[0]
+    text = " ".join((root / "configs" / "README.md").read_text().split())
+    methods = text.partition("Methods: ")[2].partition(";")[0].partition(".")[0]
     assert methods.replace("`", "").split(", ") == list(METHODS)
     table = (root / "configs" / "README.md").read_text()
     assert not [path.name for path in (root / "configs").glob("*.yaml") if f"`{path.name}`" not in table]
@@ -254,7 +261,7 @@ def test_dctps_rows_are_the_papers():
 
 def test_a_trick_that_the_file_of_east_switches_off_stays_off(tmp_path):
     (tmp_path / "east.yaml").write_text("cyclic: false\ndyrelu_end: 3\n")
-    east = parse(f"--method east --epochs 8 --east-config {tmp_path / 'east.yaml'}").east
+    east = parse(f"--method east --epochs 8 --east-config {tmp_path / 'east.yaml'}").resolve(5).east
     assert (east.cyclic, east.dyrelu, east.share, east.dyrelu_end) == (False, True, True, 3)
     again = parse(f"--method east --epochs 8 --east-cyclic --east-config {tmp_path / 'east.yaml'}").east
     assert again.cyclic

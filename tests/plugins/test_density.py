@@ -62,25 +62,25 @@ def test_updates_inside_and_after_the_cycles():
 @pytest.mark.parametrize(
     "kwargs, flag",
     [
-        (dict(target=0.2, multiplier=10), "--east-cyclic-multiplier"),
-        (dict(cycles=2, length=60, end=100), "--east-cyclic-length"),
-        (dict(pattern="saw"), "--east-cyclic-pattern"),
-        (dict(cycles=0), "--east-cyclic-cycles"),
-        (dict(length=1), "--east-cyclic-length"),
-        (dict(multiplier=math.nan), "--east-cyclic-multiplier"),
-        (dict(cyclic_frequency=0), "--east-cyclic-update-frequency"),
-        (dict(length_mult=0), "--east-cyclic-length-mult"),
-        (dict(target=math.nan), "--density"),
+        (dict(target=0.2, multiplier=10), "`multiplier`"),
+        (dict(cycles=2, length=60, end=100), "`length`"),
+        (dict(pattern="saw"), "`pattern`"),
+        (dict(cycles=0), "`cycles`"),
+        (dict(length=1), "`length`"),
+        (dict(multiplier=math.nan), "`multiplier`"),
+        (dict(cyclic_frequency=0), "`cyclic_frequency`"),
+        (dict(length_mult=0), "`length_mult`"),
+        (dict(target=math.nan), "`density`"),
     ],
 )
-def test_impossible_cycles_are_refused_by_flag(kwargs, flag):
+def test_impossible_cycles_are_refused_by_name(kwargs, flag):
     with pytest.raises(UsageError, match=flag):
         Cyclic(**{"target": 0.001, "length": 10, **kwargs})
 
 
 @pytest.mark.parametrize("density", [0, 1.5, -1, math.nan, math.inf])
 def test_density_out_of_range_is_refused(density):
-    with pytest.raises(UsageError, match=r"--density must be in \(0, 1\]"):
+    with pytest.raises(UsageError, match=r"`density` must be in \(0, 1\]"):
         Constant(density)
 
 

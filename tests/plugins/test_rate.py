@@ -49,5 +49,5 @@ def test_linear_decay_takes_the_arity_of_either_codebase():
 
 @pytest.mark.parametrize("value", [-0.1, 1.1, math.nan])
 def test_rates_out_of_range_are_refused(value):
-    with pytest.raises(UsageError, match="--death-rate"):
+    with pytest.raises(UsageError, match="`death_rate`"):
         rate.get("cosine")(value, 10)

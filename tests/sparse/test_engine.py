@@ -18,6 +18,7 @@ from east_plugins.plugins.density import Constant, Cyclic
 from east_plugins.plugins.transform.dct import convert
 from east_plugins.plugins.transform.sharing import share
 from east_plugins.sparse import Engine, kernel
+from east_plugins.sparse.layers import LayerPlan
 from east_plugins.training import models
 
 SHAPE = (3, 8, 8)
@@ -161,7 +162,8 @@ GRADIENTS = {
 @pytest.mark.parametrize("options", [pytest.param(options, id=name) for name, options in GRADIENTS.items()])
 def test_dense_gradients_before_an_update_come_from_the_sparse_pass(options, caplog):
     caplog.set_level(logging.INFO)
-    (model, host, _), (ours, sparse, _) = (build(engine, frequency=1, **options) for engine in ("dense", "sparse"))
+    dense, (ours, sparse, engine) = (build(engine, frequency=1, **options) for engine in ("dense", "sparse"))
+    model, host, _ = dense
     x, y = batch(3, torch.float64)
     for network, masking in ((model, host), (ours, sparse)):
         for _ in range(2):  # accumulated
@@ -170,10 +172,13 @@ def test_dense_gradients_before_an_update_come_from_the_sparse_pass(options, cap
     for name, weight in host.weights.items():
         wanted = weight.grad
         atol = 1e-11 * float(wanted.abs().max())
-        torch.testing.assert_close(sparse.weights[name].grad, wanted, rtol=1e-9, atol=atol)
+        torch.testing.assert_close(engine.dense_gradients()[name], wanted, rtol=1e-9, atol=atol)
+        torch.testing.assert_close(sparse.weights[name].grad, wanted * host.masks[name], rtol=1e-9, atol=atol)
         assert host.masks[name].all() or bool((wanted[~host.masks[name]] != 0).any())
+    masked = {id(weight) for weight in sparse.weights.values()}
     for a, b in zip(ours.parameters(), model.parameters(), strict=True):
-        torch.testing.assert_close(a.grad, b.grad, rtol=1e-9, atol=1e-9)
+        if id(a) not in masked:
+            torch.testing.assert_close(a.grad, b.grad, rtol=1e-9, atol=1e-9)
     assert "is dense" not in caplog.text and "all channels" not in caplog.text
 
 
@@ -183,8 +188,10 @@ def test_dense_gradients_of_networks_that_cannot_be_split_come_from_a_dense_pass
     x, y = batch(3, torch.float64)
     for model, _, _ in (dense, sparse):
         F.cross_entropy(model(x), y).backward()
-    for a, b in zip(sparse[0].parameters(), dense[0].parameters(), strict=True):
-        torch.testing.assert_close(a.grad, b.grad)
+    gradients = sparse[2].dense_gradients()
+    for (name, a), b in zip(sparse[0].named_parameters(), dense[0].parameters(), strict=True):
+        torch.testing.assert_close(gradients.get(name, a.grad), b.grad)
+        torch.testing.assert_close(a.grad, b.grad * sparse[1].masks.get(name, 1))
     assert "the step before this update is dense" in caplog.text
 
 
@@ -275,7 +282,7 @@ def test_many_processes_stay_dense(monkeypatch):
 
 
 def test_an_unknown_engine_is_refused():
-    with pytest.raises(UsageError, match="--engine must be one of auto, dense, sparse, got 'fast'"):
+    with pytest.raises(UsageError, match="`engine` must be one of auto, dense, sparse, got 'fast'"):
         build("fast")
 
 
@@ -380,7 +387,11 @@ def test_auto_takes_the_faster(monkeypatch, faster):
     monkeypatch.setattr(Engine, "_measure", lambda self, x, plans: seconds["dense" if plans is None else "sparse"])
     model, host, engine = build("auto", frequency=None)
     train(model, host, 2)
-    assert all(engine.holds_gradient(name) == (faster == "sparse") for name in host.masks)
+    calls, call = [], LayerPlan.__call__
+    monkeypatch.setattr(LayerPlan, "__call__", lambda self, x: calls.append(self) or call(self, x))
+    train(model, host, 1, first=2)
+    assert bool(calls) == (faster == "sparse")
+    assert all(engine.holds_gradient(name) for name in host.masks)  # of active values, whichever computed it
 
 
 def test_updates_in_a_constant_schedule_get_their_dense_gradient():

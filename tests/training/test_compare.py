@@ -25,7 +25,7 @@ def test_table_plot_and_resuming(jobs, tmp_path, capsys):
     first = capsys.readouterr()
     table = (tmp_path / "table.md").read_text()
     assert table in first.out and str(tmp_path / "accuracy.png") in first.out
-    assert [line.split("|")[1].strip() for line in table.splitlines()[2:]] == ["dense", "set", "rigl+dyrelu"]
+    assert [line.split("|")[1].strip() for line in table.splitlines()[4:]] == ["dense", "set", "rigl+dyrelu"]
     with open(tmp_path / "table.csv") as file:
         rows = list(csv.DictReader(file))
     assert len(rows) == 5 and all(row["seeds"] == "2" for row in rows)
@@ -71,7 +71,8 @@ def test_dense_is_dense_whatever_density_the_config_has(tmp_path):
 
 def test_dense_alone_has_a_table_too_and_one_seed_no_deviation(tmp_path, capsys):
     assert compare(tmp_path, *"--methods dense --epochs 1".split()) == 0
-    head, _, line = (tmp_path / "table.md").read_text().splitlines()
+    caption, _, head, _, line = (tmp_path / "table.md").read_text().splitlines()
+    assert caption.startswith("Test accuracy in %")
     accuracy = runs.read_summary(tmp_path / "dense-0-seed0")["test_accuracy"]
     assert head == "| method | 0 % |" and line == f"| dense | {100 * accuracy:.1f} (100%) |"
     with open(tmp_path / "table.csv") as file:

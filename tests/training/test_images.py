@@ -196,7 +196,7 @@ def test_grey_images_have_one_channel(tmp_path):
 def test_folder_images_of_several_sizes_need_an_image_size(tmp_path):
     write_folders(tmp_path, {"train": {"a": 2, "b": 2}, "test": {"a": 1}}, size=(12, 8))
     Image.new("RGB", (20, 20)).save(tmp_path / "train" / "b" / "other.png")
-    with pytest.raises(UsageError, match=r"--image-size is needed: .*other.png has 20x20 pixels, others 12x8"):
+    with pytest.raises(UsageError, match=r"`image_size` is needed: .*other.png has 20x20 pixels, others 12x8"):
         data.load("folder", tmp_path)
     assert data.load("folder", tmp_path, image_size=10).input_shape == (3, 10, 10)
 
@@ -281,7 +281,7 @@ def test_what_is_no_cifar_batch_is_refused(wrong, tmp_path):
     write_cifar(tmp_path)
     with open(tmp_path / "cifar-10-batches-py" / "data_batch_2", "wb") as file:
         pickle.dump(wrong, file, protocol=2)
-    with pytest.raises(UsageError, match="--data-dir: .*data_batch_2 is no CIFAR batch"):
+    with pytest.raises(UsageError, match="`data_dir`: .*data_batch_2 is no CIFAR batch"):
         data.load("cifar10", tmp_path)
 
 
@@ -292,7 +292,7 @@ def test_truncated_mnist_files_are_refused(images, labels, tmp_path):
     for part in ("train", "t10k"):
         (raw / f"{part}-images-idx3-ubyte").write_bytes(bytes(images))
         (raw / f"{part}-labels-idx1-ubyte").write_bytes(bytes(labels))
-    with pytest.raises(UsageError, match="--data-dir: .*MNIST"):
+    with pytest.raises(UsageError, match="`data_dir`: .*MNIST"):
         data.load("mnist", tmp_path)
 
 
@@ -329,14 +329,14 @@ def test_tinyimagenet_is_tested_on_its_annotated_images(tmp_path):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (dict(name="cifar10"), "--data cifar10 needs --data-dir, a folder with cifar-10-batches-py"),
-        (dict(name="folder", data_dir="/nowhere"), "--data-dir /nowhere: no such folder; expected .*train/<class>/"),
-        (dict(name="digits", validation=1.0), "--validation 1.0: allowed are shares from 0 to below 1"),
-        (dict(name="digits", validation=float("nan")), "--validation nan"),
-        (dict(name="digits", image_size=0), "--image-size 0"),
-        (dict(name="digits", limit=0), "--limit 0"),
+        (dict(name="cifar10"), "`data` cifar10 needs `data_dir`, a folder with cifar-10-batches-py"),
+        (dict(name="folder", data_dir="/nowhere"), "`data_dir` /nowhere: no such folder; expected .*train/<class>/"),
+        (dict(name="digits", validation=1.0), "`validation` 1.0: allowed are shares from 0 to below 1"),
+        (dict(name="digits", validation=float("nan")), "`validation` nan"),
+        (dict(name="digits", image_size=0), "`image_size` 0"),
+        (dict(name="digits", limit=0), "`limit` 0"),
         (dict(name="digits", limit=1), "0 images are left for training"),
-        (dict(name="folder", data_dir=".", download=True), "--download: allowed for mnist, fashionmnist, cifar10"),
+        (dict(name="folder", data_dir=".", download=True), "`download`: allowed for mnist, fashionmnist, cifar10"),
     ],
     ids=lambda value: "" if isinstance(value, dict) else value[:20],
 )
@@ -363,7 +363,7 @@ def test_unknown_data_set_is_answered_with_the_nearest():
     ],
 )
 def test_a_missing_file_is_named(tmp_path, name, missing):
-    with pytest.raises(UsageError, match=f"--data-dir {tmp_path}: {missing} is missing"):
+    with pytest.raises(UsageError, match=f"`data_dir` {tmp_path}: {missing} is missing"):
         data.load(name, tmp_path)
 
 

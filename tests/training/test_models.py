@@ -111,8 +111,8 @@ def test_any_wide_resnet_can_be_asked_for():
 @pytest.mark.parametrize(
     ("args", "message"),
     [
-        (("mlp", 10, 1, 28, 16), "--width 16: mlp has no base width"),
-        (("resnet18", 10, 3, 32, 0), "--width 0: resnet18 needs a width of at least 1"),
+        (("mlp", 10, 1, 28, 16), "`width` 16: mlp has no base width"),
+        (("resnet18", 10, 3, 32, 0), "`width` 0: resnet18 needs a width of at least 1"),
         (("lenet5", 10, 1, 8), "lenet5 needs images of at least 16 pixels, got 8"),
     ],
     ids=lambda value: value[0] if isinstance(value, tuple) else "",
@@ -146,5 +146,5 @@ def test_torchvision_networks():
         models.build("torchvision:resnt50", 10)
     with pytest.raises(UsageError, match="takes 3 channels, got images of 1 channel"):
         models.build("torchvision:resnet50", 10, in_channels=1)
-    with pytest.raises(UsageError, match="--width 16"):
+    with pytest.raises(UsageError, match="`width` 16"):
         models.build("torchvision:resnet50", 10, width=16)

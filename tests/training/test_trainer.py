@@ -15,7 +15,7 @@ import yaml
 from east_plugins import __version__
 from east_plugins.__main__ import main
 from east_plugins.errors import UsageError
-from east_plugins.options.config import from_flags
+from east_plugins.options.sources import from_flags
 from east_plugins.training import runs
 from east_plugins.training.progress import Progress
 from east_plugins.training.trainer import Trainer
@@ -331,7 +331,8 @@ def test_info_prints_one_object(capsys):
 def test_info_counts_images_as_the_data_has_them(flags, channels, size, capsys):
     common = "info --model resnet20 --width 4 --density 0.2 --json".split()
     macs = []
-    for line in (flags, f"--channels {channels} --image-size {size}"):
+    classes = 100 if "cifar100" in flags else 10
+    for line in (flags, f"--classes {classes} --channels {channels} --image-size {size}"):
         assert main([*common, *line.split()]) == 0
         macs.append(json.loads(capsys.readouterr().out)["dense_macs"])
     assert macs[0] == macs[1]

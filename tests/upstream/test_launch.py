@@ -1,8 +1,11 @@
 """`run`: a script in ITOP's manner, its hosts in the manner of all four published codebases, without one line of it
 edited."""
 
+import json
 import os
 import re
+import runpy
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -11,7 +14,11 @@ import pytest
 import torch
 
 from east_plugins import __main__ as command_line
-from east_plugins.upstream.launch import main
+from east_plugins.commands.run import main
+from east_plugins.errors import UsageError
+from east_plugins.export.formats import to_onnx
+from east_plugins.export.verify import run_onnx
+from east_plugins.upstream import state
 
 SCRIPT = str(Path(__file__).parent / "script" / "main.py")
 ROOT = str(Path(__file__).parents[2])
@@ -252,6 +259,134 @@ def test_the_state_is_saved_where_it_was_asked_for_and_on_ctrl_c(capsys, tmp_pat
     code, out, _ = run(capsys, "--east-cyclic", "--east-state", "state.pt", script="s.py")
     assert code == 130 and len(out.splitlines()) == 5
     assert torch.load(tmp_path / "state.pt")["steps"] == 6
+
+
+def stopped(how, file="s.py"):
+    """A script that ends by `how` in step 6, in another folder."""
+    lines = OWN.format(host="import os, signal; from east_plugins import CosineDecay, Masking")
+    step = "        print(mask.steps"
+    assert step in lines
+    Path(file).write_text(lines.replace(step, f"        os.chdir('/')\n        if mask.steps == 6: {how}\n" + step))
+
+
+@pytest.mark.parametrize(
+    ("how", "end"),
+    [
+        ("1 / 0", ZeroDivisionError),
+        ("raise SystemExit(3)", SystemExit),
+        ("os.kill(os.getpid(), signal.SIGTERM)", SystemExit),
+        ("os.kill(os.getpid(), signal.SIGHUP)", SystemExit),
+    ],
+)
+def test_the_state_is_saved_when_the_script_dies(capsys, tmp_path, how, end):
+    before = [signal.signal(number, signal.SIG_DFL) for number in (signal.SIGTERM, signal.SIGHUP)]  # nohup ignores one
+    stopped(how)
+    try:
+        with pytest.raises(end) as raised:
+            run(capsys, "--east-cyclic", "--east-state", "state.pt", script="s.py")
+        assert {signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGHUP)} == {signal.SIG_DFL}
+    finally:
+        for number, handler in zip((signal.SIGTERM, signal.SIGHUP), before, strict=True):
+            signal.signal(number, handler)
+    if end is SystemExit:
+        assert raised.value.code in (3, 128 + signal.SIGTERM, 128 + signal.SIGHUP)
+    assert torch.load(tmp_path / "state.pt")["steps"] == 6
+    assert [path.name for path in tmp_path.glob("state*")] == ["state.pt"]
+
+
+def test_a_patched_script_saves_its_state_when_it_is_killed(tmp_path):
+    stopped("os.kill(os.getpid(), signal.SIGTERM)")
+    lines = Path("s.py").read_text()
+    Path("s.py").write_text(
+        "import argparse\nfrom east_plugins import launch as east\nparser = argparse.ArgumentParser()\n"
+        "east.add_flags(parser)\neast.activate(parser.parse_args())\n" + lines
+    )
+    assert plainly("s.py", "--east-cyclic", "--east-state", "state.pt")[0] == 128 + signal.SIGTERM
+    assert torch.load(tmp_path / "state.pt")["steps"] == 6
+
+
+def test_the_state_of_before_stands_where_the_new_one_cannot_be_written(capsys, tmp_path, monkeypatch):
+    def full(descriptor):
+        raise OSError(28, "No space left on device")
+
+    assert run(capsys, "--sparse", "--epochs", "1", "--east-share", "--east-state", "state.pt")[0] == 0
+    before = Path("state.pt").read_bytes()
+    monkeypatch.setattr(os, "fsync", full)
+    code, _, said = run(capsys, "--sparse", "--east-share", "--east-state", "state.pt")
+    assert code == 2 and said.splitlines()[-1].endswith("state.pt cannot be written: No space left on device")
+    assert Path("state.pt").read_bytes() == before
+    assert [path.name for path in tmp_path.glob("state*")] == ["state.pt"]
+
+
+@pytest.mark.parametrize("owner", ["script", "own"])
+@pytest.mark.parametrize("flag", ["--east-share", "--east"])
+def test_the_network_is_in_the_state_and_exports_like_a_runs(capsys, monkeypatch, owner, flag):
+    code, out, _ = run(capsys, "--sparse", flag, "--east-host", owner, "--east-state", "state.pt")
+    assert code == 0
+    saved = state.read("state.pt")
+    assert saved.finished and saved.input_shape == (3, 6, 6) and saved.network_class == "__main__:Net"
+    values = sum(value.numel() for name, value in saved.values.items() if name in saved.masks)
+    assert values == sum(int(mask.sum()) for mask in saved.masks.values())
+    script = runpy.run_path(SCRIPT)
+    model = saved.network(script["Net"](8, 3))
+    shown = script["accuracy"](model, torch.utils.data.DataLoader(script["data"](16, 3), batch_size=16))
+    assert number(r"final: (\S+)", out) == [round(shown, 6)]
+    for name, weight in model.named_parameters():
+        assert name not in saved.masks or not weight[~saved.masks[name]].any()
+    monkeypatch.setattr(torch.nn.functional, "log_softmax", lambda x, dim: x)  # which no export has
+    content = to_onnx(model, saved.masks, saved.input_shape)
+    inputs = torch.randn(4, 3, 6, 6)
+    torch.testing.assert_close(torch.from_numpy(run_onnx(content)(inputs.numpy())), model(inputs).detach())
+    with pytest.raises(UsageError, match="does not fit this Net; what differs: "):
+        saved.network(script["Net"](16, 3))
+
+
+@pytest.mark.parametrize("kind", ["c", "onnx", "safetensors"])
+def test_export_takes_the_state_of_a_script(capsys, kind):
+    Path("east_test_module.py").write_text(
+        "from torch import nn\ndef network(): return nn.Sequential(nn.Linear(6, 16), nn.ReLU(), nn.Linear(16, 3))\n"
+    )
+    Path("s.py").write_text(OWN.format(host="from east_plugins import CosineDecay, Masking"))
+    assert run(capsys, "--east-cyclic", "--east-dyrelu", "--east-state", "state.pt", script="s.py")[0] == 0
+    given = ["export", "state.pt", "--format", kind, "--out", f"net.{kind}"]
+    assert command_line.main(given) == 2
+    assert "--network module:function must make its torch.nn.modules.container:Sequential" in capsys.readouterr().err
+    assert command_line.main([*given, "--network", "east_test_module:nothing"]) == 2
+    assert "cannot be built: AttributeError" in capsys.readouterr().err
+    assert command_line.main([*given, "--network", "east_test_module:network"]) == 0
+    assert "14 active weights" in capsys.readouterr().out and Path(f"net.{kind}").stat().st_size
+
+
+def test_analyze_takes_states_of_scripts(capsys):
+    Path("east_test_module.py").write_text(
+        "from torch import nn\ndef network(): return nn.Sequential(nn.Linear(6, 16), nn.ReLU(), nn.Linear(16, 3))\n"
+    )
+    Path("s.py").write_text(OWN.format(host="from east_plugins import CosineDecay, Masking"))
+    for flag, file in (("--east-cyclic", "a.pt"), ("--east-dyrelu", "b.pt")):
+        assert run(capsys, flag, "--east-state", file, script="s.py")[0] == 0
+    saved = state.read("a.pt")
+    for network in ([], ["--network", "east_test_module:network"]):
+        assert command_line.main(["analyze", "a.pt", "b.pt", "--json", *network]) == 0
+        report = json.loads(capsys.readouterr().out)
+        first, second = report["runs"]
+        assert (first["nonzeros"], second["nonzeros"], first["density"]) == (14, 14, 14 / 144)
+        assert first["itop_rate"] == sum(int(mask.sum()) for mask in saved.fired_masks.values()) / 144
+        assert (first["effective_density"] is None) == (network == [])
+        assert report["jaccard"][0][0] == 1 > report["jaccard"][0][1]
+        assert command_line.main(["analyze", "a.pt", "--layers", *network]) == 0
+        shown = capsys.readouterr().out
+        assert "2.weight" in shown and ("--network" in shown) == (network == [])
+
+
+def test_an_unfinished_network_and_a_file_of_something_else_are_refused(capsys):
+    run(capsys, "--sparse", "--epochs", "2", "--east-epochs", "10", "--east-cyclic", "--east-state", "state.pt")
+    with pytest.raises(UsageError, match="the network of step 20 is unfinished"):
+        state.read("state.pt").network(torch.nn.Linear(1, 1))
+    torch.save({"masks": {}}, "other.pt")
+    Path("text.pt").write_text("nothing")
+    for file in ("other.pt", "text.pt", "missing.pt"):
+        with pytest.raises(UsageError, match=rf"^{file} (holds no|cannot be)"):
+            state.read(file)
 
 
 @pytest.mark.parametrize("file", ["nowhere/state.pt", ".", ""])

@@ -1,7 +1,7 @@
 """`patch`: added lines only, for exactly one file of one commit, and out again byte for byte.
 
 The repository keeps no line of the published scripts: what is patched here are files made up around a patch's own
-added lines. Patches against the real files are tested in adapters/test_upstream.py.
+added lines. Patches against the real files are tested in tests/upstream/test_upstream.py.
 """
 
 import dataclasses

@@ -115,6 +115,53 @@ def test_local_data_that_is_not_the_official_one(capsys):
     assert run(capsys, lines)[1] == "False False\n"
 
 
+@pytest.mark.parametrize(
+    ("lines", "switch"),
+    [
+        ("import numpy as np; np.product([2])", "numpy"),
+        ("import numpy as np; np.float", "numpy"),
+        ("import numpy as np; np.Inf", "numpy"),
+        ("from numpy import product", "numpy"),
+        ("from torch._six import inf", "torch"),
+        ("raise AssertionError('Torch not compiled with CUDA enabled')", "cuda"),
+        ("raise RuntimeError('Found no NVIDIA driver on your system.')", "cuda"),
+        ("import code.prune", "code"),
+        ("import torch; torch.save(torch.nn.Linear(1, 1), 'm.pt'); torch.load('m.pt')", "load"),
+        ("import torchvision; torchvision.datasets.CIFAR10('nowhere')", "data"),
+        ("import beside.inner", "path"),
+    ],
+)
+def test_a_script_that_fails_on_age_is_told_the_switch(capsys, tmp_path, lines, switch):
+    from east_plugins.ops.vision import import_torchvision
+
+    import_torchvision()
+    for package in ("deep/code", "beside"):
+        (tmp_path / package).mkdir(parents=True)
+        (tmp_path / package / "__init__.py").touch()
+    (tmp_path / "beside" / "inner.py").touch()
+    (tmp_path / "setup.py").touch()
+    with pytest.raises(Exception) as failed:
+        run(capsys, lines, script="deep/s.py")
+    assert told(failed.value, capsys) == [f"east_plugins: --east-compat={switch} supplies"]
+    with pytest.raises(Exception) as failed:  # one of another kind, or with all switches
+        run(capsys, "import numpy as np; np.prodcut; " + lines, script="deep/s.py")
+    assert told(failed.value, capsys) == []
+
+
+def told(error, capsys):
+    lines = [*getattr(error, "__notes__", ()), *capsys.readouterr().err.splitlines()]
+    return [" ".join(line.split()[:3]) for line in lines if "--east-compat=" in line]
+
+
+def test_a_switch_that_is_given_is_not_advised(capsys):
+    with pytest.raises(ZeroDivisionError) as failed:
+        run(capsys, "1 / 0")
+    assert told(failed.value, capsys) == []
+    with pytest.raises(Exception, match="CIFAR|found|corrupted") as failed:
+        run(capsys, "import torchvision; torchvision.datasets.CIFAR10('nowhere')", "--east-compat=data")
+    assert told(failed.value, capsys) == []
+
+
 def test_nothing_unless_asked_for(capsys):
     with pytest.raises(AttributeError):
         run(capsys, "import numpy as np; np.product")

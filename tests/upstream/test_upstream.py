@@ -31,7 +31,7 @@ SITE = """
 import os, random
 if folder := os.environ.get("EAST_TEST_COMPAT"):
     from pathlib import Path
-    from east_plugins import shims
+    from east_plugins.upstream import shims
     held = shims.installed(",".join(shims.SHIMS), Path(folder))
     held.__enter__()
 random.seed(0)
@@ -88,6 +88,7 @@ def data(tmp_path_factory):
     folder = tmp_path_factory.mktemp("data")
     images = (digits.images[:90] * 15.9).astype(np.uint8)
     labels = digits.target[:90].astype(np.uint8)
+    parity = labels % 2  # DCTpS crashes where no epoch gets any of its five validation images right
     cifar, mnist = folder / "cifar-10-batches-py", folder / "MNIST" / "raw"
     cifar.mkdir(parents=True)
     mnist.mkdir(parents=True)
@@ -95,7 +96,7 @@ def data(tmp_path_factory):
     (cifar / "batches.meta").write_bytes(pickle.dumps({"label_names": list("0123456789")}))
     for i, name in enumerate([*(f"data_batch_{i}" for i in range(1, 6)), "test_batch"]):
         part = slice(12 * i, 12 * i + (30 if i == 5 else 12))
-        (cifar / name).write_bytes(pickle.dumps({"data": wide[part], "labels": labels[part].tolist()}, protocol=2))
+        (cifar / name).write_bytes(pickle.dumps({"data": wide[part], "labels": parity[part].tolist()}, protocol=2))
     padded = np.pad(images.repeat(3, 1).repeat(3, 2), ((0, 0), (2, 2), (2, 2)))
     for name, part in (("train", slice(0, 60)), ("t10k", slice(60, 90))):
         head = struct.pack(">IIII", 0x803, len(labels[part]), 28, 28)

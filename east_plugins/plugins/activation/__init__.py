@@ -28,5 +28,5 @@ def factory(name: str, **options) -> Callable[[int], nn.Module]:
     try:
         inspect.signature(make).bind(1, **options)
     except TypeError as error:
-        raise UsageError(f"activation {name!r} (--east-dyrelu-type): {error}") from error
+        raise UsageError(f"activation {name!r} (`east_dyrelu_type`): {error}") from error
     return functools.partial(make, **options)

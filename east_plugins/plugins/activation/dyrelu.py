@@ -68,7 +68,7 @@ class DyReLUB(nn.Module):
     def __init__(self, num_channels: int, reduction: int = 4):
         super().__init__()
         if reduction < 1:
-            raise UsageError(f"--east-dyrelu-reduction must be at least 1, got {reduction}")
+            raise UsageError(f"`reduction` must be at least 1, got {reduction}")
         hidden = max(1, num_channels // reduction)
         self.squeeze = nn.Linear(num_channels, hidden)
         self.excite = nn.Linear(hidden, 2 * _K * self._sets(num_channels))
@@ -76,11 +76,14 @@ class DyReLUB(nn.Module):
     def _sets(self, num_channels: int) -> int:
         return num_channels
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, beta: Tensor | None = None) -> Tensor:
+        """DyReLU of x; with `beta` (a scalar tensor) the coefficients are blended with those of ReLU, (1, 0, 0, 0)."""
         positions = tuple(range(2, x.dim()))
         mean = position_mean(x) if positions else x
         delta = torch.tanh(0.5 * self.excite(F.relu(self.squeeze(mean))))  # 2 sigmoid(z) - 1 = tanh(z / 2)
         a, b = delta.view(len(x), 2, _K, -1, *(1 for _ in positions)).unbind(1)
+        if beta is not None:
+            a, b = beta * a, beta * b
         (a1, a2), (b1, b2) = a.unbind(1), (0.5 * b).unbind(1)
         return max_of_lines(x, 1 + a1, b1, a2, b2)
 
@@ -105,10 +108,12 @@ class DyReLUC(DyReLUB):
         super().__init__(num_channels, reduction)
         self.spatial = nn.Conv1d(num_channels, 1, 1)
 
-    def forward(self, x: Tensor) -> Tensor:
-        y = super().forward(x)
+    def forward(self, x: Tensor, beta: Tensor | None = None) -> Tensor:
+        y = super().forward(x, beta)
         if x.dim() == 2:
             return y
         z = self.spatial(x.flatten(2))
         attention = (z.shape[2] / 3 * torch.softmax(z / _TEMPERATURE, 2)).clamp(max=1)
+        if beta is not None:
+            attention = torch.lerp(torch.ones_like(attention), attention, beta)
         return y * attention.view(len(x), 1, *x.shape[2:])  # max_k (pi a x + pi b) = pi max_k (a x + b)

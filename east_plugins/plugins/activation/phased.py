@@ -8,9 +8,12 @@ and no parameter renamed; `remove` leaves the network as it was.
 from __future__ import annotations
 
 import contextlib
+import functools
+import inspect
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -20,13 +23,16 @@ from torch.overrides import TorchFunctionMode
 
 from ...errors import NothingMatchedError, UsageError
 from ...ops import param_groups
-from ...ops.modes import training_mode
+from ...ops.marks import PluginModule
 from ...ops.swap import Swapped, restore, swap
+from .probe import RELU, arguments, relu_calls
+
+if TYPE_CHECKING:
+    _Module = nn.Module
+else:
+    _Module = object
 
 FULL, BLEND, OFF = "full", "blend", "off"
-
-_IN_PLACE = {torch.relu_, Tensor.relu_, F.relu_}
-_RELU = {F.relu, torch.relu, Tensor.relu} | _IN_PLACE
 
 
 @dataclass(frozen=True)
@@ -42,7 +48,7 @@ class PhaseOut:
     def __post_init__(self):
         if not 0 <= self.start <= self.end or self.end == 0:
             raise UsageError(
-                f"--east-dyrelu-end must be positive and not before --east-dyrelu-start (at least 0), "
+                f"`end` must be positive and not before `start` (at least 0), "
                 f"got start {self.start} and end {self.end} in steps"
             )
 
@@ -52,8 +58,8 @@ class PhaseOut:
         return 1.0 if step <= self.start else 1 - (step - self.start) / (self.end - self.start)
 
 
-class PhasedActivation(nn.Module):
-    """What stands in for one ReLU call: `beta act(x) + (1 - beta) relu(x)`.
+class PhasedActivation(PluginModule, nn.Module):
+    """What stands in for one ReLU call: `beta act(x) + (1 - beta) relu(x)`, or with `inside` what `act` makes of beta.
 
     `phase` is "full" (beta 1: `act` alone), "blend" or "off" (beta 0: the model's own ReLU runs and this module is
     not called). It is a Python value so that the ends cost nothing and torch.compile compiles three times at most;
@@ -61,49 +67,77 @@ class PhasedActivation(nn.Module):
     what it meant when it was written.
     """
 
-    east_plugin = True
+    beta: Tensor
 
-    def __init__(self, act: nn.Module):
+    axis = 1  #: of the channels; counted from the end where they come last
+
+    def __init__(self, act: nn.Module, axis: int = 1, inside: bool = False, late: bool = False):
         super().__init__()
-        self.act = act
-        self.phase = FULL
+        self.act, self.inside, self.late = act, inside, late
+        if axis != 1:
+            self.axis = axis
+        self.phase = self._phase(1.0)
         self.register_buffer("beta", torch.ones(()))
 
     def forward(self, x: Tensor, inplace: bool = False) -> Tensor:
-        y = self.act(x.clone() if inplace else x)
-        if self.phase == BLEND:
+        y = self._act(x.clone() if inplace else x)
+        if self.phase == BLEND and not self.inside:
             y = torch.lerp(F.relu(x), y, self.beta)
         return x.copy_(y) if inplace else y
 
+    def _act(self, x: Tensor) -> Tensor:
+        beta = (self.beta,) if self.phase == BLEND and self.inside else ()
+        if self.axis == 1 or x.dim() < 3:
+            return self.act(x, *beta)
+        return self.act(x.movedim(self.axis, 1), *beta).movedim(1, self.axis)
+
+    def _phase(self, beta: float) -> str:
+        return OFF if beta == 0 or (beta == 1 and self.late) else FULL if beta == 1 else BLEND
+
+    @contextlib.contextmanager
+    def plain(self) -> Iterator[None]:
+        """Inside, the model's own ReLU runs."""
+        before, self.phase = self.phase, OFF
+        try:
+            yield
+        finally:
+            self.phase = before
+
     def _load_from_state_dict(self, *args):
         super()._load_from_state_dict(*args)
-        self.phase = _phase(float(self.beta))
+        self.phase = self._phase(float(self.beta))
 
 
-def _phase(beta: float) -> str:
-    return FULL if beta == 1 else OFF if beta == 0 else BLEND
-
-
-class Sites(nn.ModuleList):
+class Sites(PluginModule, nn.ModuleList):
     """The `PhasedActivation`s of one module, in the order of its ReLU calls in a forward pass of the model."""
-
-    east_plugin = True
 
     def __init__(self, modules):
         super().__init__(modules)
-        self.calls = 0
+        self.calls = 0  # where the forward pass is being compiled; else every thread counts its own
+
+    def restart(self) -> None:
+        """A forward pass of the model begins."""
+        if torch.compiler.is_compiling():
+            self.calls = 0
+        else:
+            _running.calls[id(self)] = 0
 
     def forward(self, x):
         """The identity: where the module is an nn.Sequential this is the last of its children."""
         return x
 
     def next(self) -> PhasedActivation:
-        site = self[self.calls % len(self)]
-        self.calls += 1
+        if torch.compiler.is_compiling():
+            number, self.calls = self.calls, self.calls + 1
+        else:
+            number = _running.calls.get(id(self), 0)
+            _running.calls[id(self)] = number + 1
+        site = self[number % len(self)]
+        assert isinstance(site, PhasedActivation)
         return site
 
 
-class _Phased(Swapped):
+class _Phased(Swapped, _Module):
     """Mixed into the class of every module that calls ReLU itself, and into the model's.
 
     Such a module holds its `Sites` as `east_activations`; the model lists all of them in `east_order`, to start
@@ -112,14 +146,47 @@ class _Phased(Swapped):
 
     east_order: Sequence[Sites] = ()
 
+    @property
+    def _east_sites(self) -> Sites | None:
+        sites = self._modules.get("east_activations")
+        return sites if isinstance(sites, Sites) else None
+
     def forward(self, *args, **kwargs):
-        for sites in self.east_order:
-            sites.calls = 0
-        sites = getattr(self, "east_activations", None)
+        for each in self.east_order:
+            each.restart()
+        sites = self._east_sites
         if sites is None or sites[0].phase == OFF:
             return super().forward(*args, **kwargs)
         with _Redirect(sites):
             return super().forward(*args, **kwargs)
+
+    @classmethod
+    def east_members(cls, base: type) -> dict[str, Any]:
+        """Methods of the model's author, such as `forward_features`, which somebody may call in place of forward."""
+        methods: dict[str, Any] = {}
+        for owner in base.__mro__:
+            if not owner.__module__.startswith(("torch.", "east_plugins.")):
+                for name, method in vars(owner).items():
+                    if inspect.isfunction(method) and name != "forward" and not name.startswith("__"):
+                        methods.setdefault(name, _entrance(method))
+        return methods
+
+
+def _entrance(method: Callable) -> Callable:
+    """A method that sends ReLU calls to the module's sites, from the first on, where it is called on its own."""
+
+    @functools.wraps(method)
+    def entered(self, *args, **kwargs):
+        if torch.compiler.is_compiling() or not (sites := self._east_sites) or sites[0].phase == OFF:
+            return method(self, *args, **kwargs)
+        if id(sites) in _running.redirected:
+            return method(self, *args, **kwargs)
+        for each in self.east_order:
+            each.restart()
+        with _Redirect(sites):
+            return method(self, *args, **kwargs)
+
+    return entered
 
 
 class _Redirect(TorchFunctionMode):
@@ -129,11 +196,21 @@ class _Redirect(TorchFunctionMode):
         super().__init__()
         self.sites = sites
 
+    def __enter__(self):
+        if not torch.compiler.is_compiling():
+            _running.redirected.append(id(self.sites))
+        return super().__enter__()
+
+    def __exit__(self, *error):
+        if not torch.compiler.is_compiling():
+            _running.redirected.pop()
+        return super().__exit__(*error)
+
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
-        if func not in _RELU or _running.inside:
+        if func not in RELU or _running.inside:
             return func(*args, **kwargs)
-        x, inplace = _arguments(func, *args, **kwargs)
+        x, inplace = arguments(func, *args, **kwargs)
         if x.dim() < 2:
             return func(*args, **kwargs)
         with _inside(x):
@@ -142,6 +219,10 @@ class _Redirect(TorchFunctionMode):
 
 class _Running(threading.local):
     inside = False  # an activation of this thread is running on a tensor-like
+
+    def __init__(self) -> None:
+        self.redirected: list[int] = []  # ids of the `Sites` whose modules run, innermost last
+        self.calls: dict[int, int] = {}  # ReLU calls in this thread's forward pass, by the id of the `Sites`
 
 
 _running = _Running()
@@ -160,27 +241,6 @@ def _inside(x) -> Iterator[None]:
         yield
     finally:
         _running.inside = False
-
-
-class _Probe(TorchFunctionMode):
-    """Notes the channels of every ReLU call under the module on top of `running`."""
-
-    def __init__(self, running: list[nn.Module]):
-        super().__init__()
-        self.running = running
-        self.channels: dict[nn.Module, list[int]] = {}
-
-    def __torch_function__(self, func, types, args=(), kwargs=None):
-        kwargs = kwargs or {}
-        if func in _RELU:
-            x, _ = _arguments(func, *args, **kwargs)
-            if x.dim() >= 2:
-                self.channels.setdefault(self.running[-1], []).append(x.shape[1])
-        return func(*args, **kwargs)
-
-
-def _arguments(func: Callable, input: Tensor, inplace: bool = False) -> tuple[Tensor, bool]:
-    return input, inplace or func in _IN_PLACE
 
 
 class PhasedActivations:
@@ -214,7 +274,7 @@ class PhasedActivations:
         """
         if not 0 <= beta <= 1:
             raise UsageError(f"beta must be in [0, 1], got {beta}")
-        phase = _phase(beta)
+        phase = self.sites[0]._phase(beta) if self.sites else OFF
         moved = [site.beta for site in self.sites if phase == BLEND or phase != site.phase]
         if moved:  # two operations for all sites
             torch._foreach_zero_(moved)
@@ -233,14 +293,14 @@ class PhasedActivations:
             param_groups.leave(optimizer, self.parameters())
         for module in list(self.model.modules()):
             if isinstance(module, _Phased):
-                restore(module)
+                restore(module, _Phased)
                 module._modules.pop("east_activations", None)
                 module.__dict__.pop("east_order", None)
         self.sites, self.beta = [], 0.0
 
     def __call__(self, host) -> None:
         """Bring the phase-out to `host.steps`, and at its end remove the parameters from `host.optimizer`."""
-        if not self.sites:
+        if not self.sites or self.phase_out is None:
             return
         beta = self.phase_out.beta(host.steps)
         if beta == 0:
@@ -256,10 +316,13 @@ def attach(
     *,
     phase_out: PhaseOut | None = None,
     generator: torch.Generator | None = None,
+    blend: str = "outputs",
+    late: bool = False,
 ) -> PhasedActivations:
     """Put `factory(num_channels)` in place of every ReLU call of `model`, at beta 1.
 
-    A call is a ReLU of a tensor of two or more dimensions, the second being channels. Calls are told apart by the
+    A call is a ReLU of a tensor of two or more dimensions. Its channels are along the axis that the layer or norm
+    before it wrote them to, the second where none did. Calls are told apart by the
     module that makes them and their number within a forward pass, so that one nn.ReLU used three times in a block
     gets three activations. They are found in a forward pass in training mode that leaves parameters, buffers and
     random state as they were.
@@ -269,6 +332,9 @@ def attach(
         factory: makes the module that stands in for a ReLU; its output has its input's shape.
         input_shape: shape of one input without the batch, for example (3, 32, 32).
         phase_out: beta over steps, where the result is to be a host's plugin.
+        blend: "outputs", or "coefficients": those of DyReLU with (1, 0, 0, 0) of ReLU, before the maximum is taken,
+            as in the authors' code (ES2, `sparselearning/dyrelu.py`).
+        late: plain ReLU while beta is 1, as in the newest version of that code (26bd28e).
         generator: CPU generator that the initial values depend on; by default they depend on the global random
             state. That state is never advanced.
 
@@ -276,46 +342,35 @@ def attach(
     ReLU; the model is unchanged then.
     """
     if _sites(model):
-        raise UsageError("the model has phased activations (--east-dyrelu) already")
+        raise UsageError("the model has phased activations (`east_dyrelu`) already")
     like = next(model.parameters(), torch.empty(0))
     with _forked_rng(like.device):
-        channels = _relu_channels(model, torch.zeros(2, *input_shape, dtype=like.dtype, device=like.device))
-        if not channels:
+        calls = relu_calls(model, torch.zeros(2, *input_shape, dtype=like.dtype, device=like.device))
+        if not calls:
             raise NothingMatchedError(
-                "--east-dyrelu: the model calls no ReLU (nn.ReLU, F.relu, torch.relu or Tensor.relu)"
+                "`east_dyrelu`: the model calls no ReLU (nn.ReLU, F.relu, torch.relu or Tensor.relu)"
             )
         if generator is not None:
             torch.default_generator.manual_seed(int(torch.randint(2**63 - 1, (), generator=generator)))
-        order = {owner: Sites(PhasedActivation(factory(n)) for n in counts) for owner, counts in channels.items()}
+        inside = blend == "coefficients"
+        order = {
+            owner: Sites(PhasedActivation(factory(call.channels), call.axis, inside, late) for call in found)
+            for owner, found in calls.items()
+        }
+        first: Any = next(iter(order.values()))[0].act
+        if inside and "beta" not in inspect.signature(first.forward).parameters:
+            raise UsageError(f"`blend` coefficients: {type(first).__name__} has none that could be; allowed is outputs")
     for owner, sites in order.items():
         swap(owner, _Phased)
         owner.east_activations = sites.to(like.device, like.dtype).train(owner.training)
     if model not in order:
         swap(model, _Phased)
-    model.east_order = list(order.values())
+    model.__dict__["east_order"] = list(order.values())
     return PhasedActivations(model, phase_out)
 
 
 def _sites(model: nn.Module) -> list[PhasedActivation]:
     return [module for module in model.modules() if isinstance(module, PhasedActivation)]
-
-
-@torch.no_grad()
-def _relu_channels(model: nn.Module, x: Tensor) -> dict[nn.Module, list[int]]:
-    """Channels of every ReLU call in a forward pass in training mode, by the module that makes the call."""
-    running: list[nn.Module] = []
-
-    def leave(module, args, output):
-        running.pop()
-
-    buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
-    with contextlib.ExitStack() as stack:
-        for module in model.modules():
-            stack.enter_context(module.register_forward_pre_hook(lambda module, args: running.append(module)))
-            stack.enter_context(module.register_forward_hook(leave, always_call=True))
-        with training_mode(model, True), _Probe(running) as probe:
-            torch.func.functional_call(model, buffers, (x,))  # batch norms update the clones
-    return probe.channels
 
 
 def _forked_rng(device: torch.device):

@@ -15,6 +15,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -23,18 +24,37 @@ from ...errors import UsageError
 from ...ops.channels import Wires, Wiring, trace
 from ...ops.paths import on_path, path_positions
 from ...ops.select import lowest_k, top_k
+from ..protocols import option
 from ..registry import allocation
 
 logger = logging.getLogger(__name__)
 
 
-@allocation.register("connected", draws=True, budgets="ERK", help="ERK's budgets, every weight on a path")
+@allocation.register("connected", draws=True, help="random masks in which every weight is on a path")
+@dataclass(frozen=True)
+class Connected:
+    """Random masks with every layer's budget exactly, every weight on a path where the budgets allow it."""
+
+    budgets: str = option("ERK", "allocation that gives each layer its number of weights")
+    width: float = option(0.5, "channels in use, as a power of the number of weights, from 0 to 1", type=float)
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.width <= 1:
+            raise UsageError(f"`width` must be in [0, 1], got {self.width:g}")
+        if allocation.entry(self.budgets).meta.get("draws"):
+            raise UsageError(f"`budgets` {self.budgets} draws masks itself; allowed are ERK, EPL, first-blocks, ...")
+
+    def __call__(
+        self, model: nn.Module, budgets: Mapping[str, int], input_shape: Sequence[int], generator: torch.Generator
+    ) -> dict[str, Tensor]:
+        return draw(model, budgets, input_shape, generator, self.width)
+
+
 def draw(
     model: nn.Module,
     budgets: Mapping[str, int],
     input_shape: Sequence[int],
     generator: torch.Generator,
-    *,
     width: float = 0.5,
 ) -> dict[str, Tensor]:
     """Random masks with exactly `budgets[name]` active weights a layer, all on paths where the budgets allow it.
@@ -42,16 +62,13 @@ def draw(
     A set of channels has as many in use as the mean of budget ** `width` over the layers that read or write it, so
     that a larger `width` gives more channels with fewer weights each. The network's inputs and outputs are all used
     where the budgets allow it. Boolean CPU tensors; the same ones on every device, given the (CPU) generator. The
-    model is left as it was. Raises `UsageError` for a `width` outside [0, 1], and where a layer lies on no path of
-    the dense network.
+    model is left as it was. Raises `UsageError` where a layer lies on no path of the dense network.
     """
-    if not 0 <= width <= 1:
-        raise UsageError(f"--connected-width must be in [0, 1], got {width:g}")
     wiring, possible = _structure(model, budgets, input_shape)
     scores = {name: torch.rand(positions.shape, generator=generator) for name, positions in possible.items()}
     for name, positions in possible.items():
         if not positions.any():
-            raise UsageError(f"--sparse-init connected: layer {name} lies on no path from input to output")
+            raise UsageError(f"`sparse_init` connected: layer {name} lies on no path from input to output")
         if positions.sum() < budgets[name]:  # some of its weights cannot be on a path
             scores[name] += positions
             possible[name] = torch.ones_like(positions)
@@ -127,7 +144,8 @@ def _select_anew(model, masks, before, scores, input_shape, generator, names) ->
 
         def rank(at: Tensor) -> tuple[Tensor, Tensor]:
             keep, regret = active[at].int(), (was_active & ~active)[at].int()
-            return tuple(_ranks(tier, score[at], generator) for tier in (2 * keep + regret, 2 * keep - regret))
+            to_cover = _ranks(2 * keep + regret, score[at], generator)
+            return to_cover, _ranks(2 * keep - regret, score[at], generator)
 
         return _select(wiring.layers[name], possible[name], chosen, covered, budgets[name], rank)
 

@@ -8,12 +8,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 
 from ...errors import UsageError
 from ...ops.counts import apportion
 from ...ops.select import random_k
+from ..protocols import LayerShare, option
 from ..registry import allocation
 from .position import Place
 
@@ -48,25 +51,50 @@ def epf(shape: Sequence[int]) -> float:
     return shape[0]
 
 
-def budgets(
-    name: str, shapes: Mapping[str, Sequence[int]], total: int, places: Mapping[str, Place] | None = None
-) -> dict[str, int]:
-    """Active weights of every layer under the allocation called `name`: integers that sum to `total`.
+@allocation.register("ERK-floor", counts=True)
+@dataclass(frozen=True)
+class ERKFloor:
+    """ERK cut at 1 and at a floor, nothing given back, as the authors' code of EAST has it: the total is not exact.
 
-    `places` are the layers' positions, for an allocation that goes by them. Raises `UnknownNameError`, or `UsageError`
-    where `total` gives some layer no weight, or positions are needed and None.
+    A layer's density is ERK's share of the total, at least the floor and at most 1. At the start counts are rounded;
+    in later updates there is no floor and counts are cut to whole numbers (ES2, `sparselearning/core.py`).
     """
-    entry = allocation.entry(name)
-    if not entry.meta.get("places"):
-        weights = [entry.object(tuple(shape)) for shape in shapes.values()]
-    elif places is not None:
-        weights = [entry.object(places[layer]) for layer in shapes]
-    else:
-        raise UsageError(f"--sparse-init {name} needs the layers' positions: add_module(..., input_shape=...)")
+
+    floor: float = option(0.01, "least density of a layer at the start, as a share of the network's", type=float)
+    least: float = option(0.0, "least density of a layer at the start", type=float)
+
+    def __post_init__(self) -> None:
+        for name in ("floor", "least"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise UsageError(f"`{name}` must be in [0, 1], got {getattr(self, name)}")
+
+    def __call__(self, shapes: Mapping[str, Sequence[int]], wanted: float, start: bool) -> dict[str, int]:
+        size = sum(math.prod(shape) for shape in shapes.values())
+        floor = max(self.floor * wanted / size, self.least) if start else 0.0
+        share = int(wanted) / sum(map(sum, shapes.values()))
+        densities = {name: share * (sum(shape) / math.prod(shape)) for name, shape in shapes.items()}
+        whole = round if start else int
+        return {name: whole(min(max(d, floor), 1.0) * math.prod(shapes[name])) for name, d in densities.items()}
+
+
+def budgets(
+    share: str | LayerShare,
+    shapes: Mapping[str, Sequence[int]],
+    total: int,
+    places: Mapping[str, Place] | None = None,
+) -> dict[str, int]:
+    """Active weights of every layer under an allocation, or one of that name: integers that sum to `total`.
+
+    `places` are the layers' positions, for an allocation that goes by them in place of their shapes. Raises
+    `UnknownNameError`, or `UsageError` where `total` gives some layer no weight.
+    """
+    rule = allocation.bound(share) if isinstance(share, str) else share
+    seen: Mapping[str, Any] = {name: tuple(shape) for name, shape in shapes.items()} if places is None else places
+    weights = [rule(seen[name]) for name in shapes]
     sizes = [math.prod(shape) for shape in shapes.values()]
     if not len(shapes) <= total <= sum(sizes):
         allowed = f"{len(shapes)} (one a layer) to {sum(sizes)}"
-        raise UsageError(f"--density gives {total} active weights; allowed are {allowed}")
+        raise UsageError(f"`density` gives {total} active weights; allowed are {allowed}")
     counts = apportion(weights, total, 1, sizes)
     return dict(zip(shapes, counts, strict=True))
 

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from ...ops.paths import Twin, run_with
+from ...ops.paths import Twin, gradients, run_with
 from ...ops.select import top_k
 from ..registry import allocation
 
@@ -34,14 +34,13 @@ def synflow(
     """
     weights = {name: model.get_parameter(name).detach().abs().double() for name in budgets}
     size, total = sum(weight.numel() for weight in weights.values()), sum(budgets.values())
-    x = torch.ones(1, *input_shape, dtype=torch.float64, device=next(iter(weights.values())).device)
+    x = torch.ones(1, *input_shape, dtype=torch.float64, device=next(iter(weights.values())).device, requires_grad=True)
     masks = {name: torch.ones_like(weight, dtype=torch.bool) for name, weight in weights.items()}
     for turn in range(1, ROUNDS + 1):
-        leaves = {name: (weight * masks[name]).requires_grad_() for name, weight in weights.items()}
+        leaves = {name: (weight * masks[name]).detach().requires_grad_() for name, weight in weights.items()}
         with torch.enable_grad():
-            flow = sum(output.sum() for output in run_with(model, leaves, x, _Products()))
-            gradients = torch.autograd.grad(flow, list(leaves.values()), allow_unused=True, materialize_grads=True)
-        scores = [(leaf * gradient).detach() for leaf, gradient in zip(leaves.values(), gradients, strict=True)]
+            run_with(model, leaves, x, _Products(), backward=True)
+        scores = [(leaf * flow).detach() for leaf, flow in zip(leaves.values(), gradients(leaves), strict=True)]
         masks = _keep(masks, scores, round(size * (total / size) ** (turn / ROUNDS)), generator)
     return {name: mask.cpu() for name, mask in masks.items()}
 

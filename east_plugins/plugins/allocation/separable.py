@@ -65,7 +65,7 @@ def separable(
     wiring = trace(model, shapes, input_shape)
     possible = path_positions(model, {n: torch.ones(s, dtype=torch.bool) for n, s in shapes.items()}, input_shape)
     if lost := [name for name, positions in possible.items() if not positions.any()]:
-        raise UsageError(f"--sparse-init separable: layer {lost[0]} lies on no path from input to output")
+        raise UsageError(f"`sparse_init` separable: layer {lost[0]} lies on no path from input to output")
     roles = _roles(model, wiring, shapes, input_shape)
     layers = {name: _Layer.of(wiring.layers[name], roles[name], positions) for name, positions in possible.items()}
     pairs = _widest(layers, wiring, total, torch.rand(wiring.size, generator=generator))

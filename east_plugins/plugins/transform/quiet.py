@@ -31,7 +31,7 @@ def quiet(model: nn.Module, input_shape: Sequence[int], branches: str = "all") -
     `NothingMatchedError` where there is no such branch, `UsageError` for another `branches`.
     """
     if branches not in BRANCHES:
-        raise UsageError(f"--quiet-branches must be one of {', '.join(BRANCHES)}, got {branches!r}")
+        raise UsageError(f"`quiet_branches` must be one of {', '.join(BRANCHES)}, got {branches!r}")
     norms = {n: m for n, m in model.named_modules() if isinstance(m, _BatchNorm) and m.weight is not None}
     shapes = {name: weight.shape for name, weight in maskable(model).items()}
     wiring, where = trace(model, shapes, input_shape, norms), places(model, shapes, input_shape)
@@ -45,7 +45,7 @@ def quiet(model: nn.Module, input_shape: Sequence[int], branches: str = "all") -
     scales = {f"{name}.weight": norm.weight for name, norm in found.items()}
     heard = _heard(model, scales, input_shape)
     if not heard:
-        raise NothingMatchedError("--quiet-branches: the model has no residual branch that ends with a batch norm")
+        raise NothingMatchedError("`quiet_branches`: the model has no residual branch that ends with a batch norm")
     with torch.no_grad():
         for name in heard:
             scales[name].zero_()

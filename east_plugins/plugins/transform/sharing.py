@@ -2,38 +2,73 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
+import logging
 from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
+import torch
 from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd
 from torch.optim import Optimizer
 
 from ...errors import NothingMatchedError, UsageError
 from ...ops import param_groups
+from ...ops.marks import PluginModule
 from ...ops.maskable import layers
 from ...ops.swap import Swapped, restore, swap
 from ..registry import transform
+from .dct.layers import is_dct
+
+logger = logging.getLogger(__name__)
 
 _CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
 FORWARDS = {nn.Conv1d.forward, nn.Conv2d.forward, nn.Conv3d.forward}
 _SHORTCUTS = ("shortcut", "downsample", "skip")
 
-Block = dict[str, nn.Module]  # a block's convolutions that can be lent, by their name inside it
+#: Where the scales of borrowed weights start.
+SCALES = {"one": torch.ones, "uniform": torch.rand}
+
+Block = dict[str, _ConvNd]  # a block's convolutions that can be lent, by their name inside it
 
 
-class _Borrower(Swapped):
+if TYPE_CHECKING:
+
+    class _Convolution(_ConvNd):
+        """What a borrower is mixed into."""
+
+        def _conv_forward(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor: ...
+
+else:
+    _Convolution = object
+
+
+class _Borrower(Swapped, _Convolution):
     """Mixed into the class of a convolution whose `weight` is another's; `scale` is its own."""
+
+    scale: nn.Parameter
 
     def forward(self, input: Tensor) -> Tensor:
         return self._conv_forward(input, self.weight * self.scale, self.bias)
 
+    def _load_from_state_dict(self, state_dict, prefix, *args):
+        weight = state_dict.get(f"{prefix}weight")
+        if weight is not None and f"{prefix}scale" not in state_dict:
+            logger.warning(
+                "%sweight is not of a network that shares weights, and takes the place of the lent one: load a plain "
+                "checkpoint before `share`",
+                prefix,
+            )
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
 
 @transform.register("share")
-def share(model: nn.Module, start: int = 2, optimizer: Optimizer | None = None) -> dict[str, str]:
+def share(model: nn.Module, start: int = 2, optimizer: Optimizer | None = None, scale: str = "one") -> dict[str, str]:
     """In every stage block `start` (from 1) lends its convolution weights to all equal blocks after it.
 
     The borrowing convolution's `weight` becomes the lender's parameter itself and is convolved with as
-    `scale * weight`, `scale` being a learnable scalar of its own that starts at 1; biases, norms, linear layers and
+    `scale * weight`, `scale` being a learnable scalar of its own; biases, norms, linear layers and
     shortcuts stay each block's own. State dicts hold the weight under both names; copies and moves keep the tie.
 
     A stage is a run of neighbouring children of an nn.Sequential, nn.ModuleList or nn.ModuleDict that are of one
@@ -43,35 +78,40 @@ def share(model: nn.Module, start: int = 2, optimizer: Optimizer | None = None) 
 
     Args:
         optimizer: one made before: the weights that are no longer used leave it, the scales join it.
+        scale: where the scales start: "one", or "uniform", drawn from U(0, 1) as in the authors' code (ES2).
 
     Returns the name of the lending convolution for each borrowing one. Raises `NothingMatchedError` where there
     are no equal blocks, `UsageError` for `start` below 1, a model that shares already, or one with DCT layers.
     """
     if start < 1:
-        raise UsageError(f"--east-share-from must be at least 1, got {start}")
+        raise UsageError(f"`start` must be at least 1, got {start}")
+    if scale not in SCALES:
+        raise UsageError(f"`scale` must be one of {', '.join(SCALES)}, got {scale!r}")
     modules = list(model.modules())
     if any(isinstance(module, _Borrower) for module in modules):
-        raise UsageError("the model shares weights (--east-share) already")
-    if any(hasattr(module, "dct") or getattr(module, "east_dct", False) for module in modules):
+        raise UsageError("the model shares weights (`east_share`) already")
+    if any(is_dct(module) for module in modules):
         raise UsageError(
-            "--east-share cannot be used on DCT layers (--dctps): it is left out there to prevent conflicts with "
+            "`east_share` cannot be used on DCT layers (`dctps`): it is left out there to prevent conflicts with "
             "the DCT matrices (EAST paper, Sec. 4)"
         )
     pairs = _pairs(model, start)
     if not pairs:
         raise NothingMatchedError(
-            f"--east-share needs a stage with a block equal to its block {start} after it "
+            f"`east_share` needs a stage with a block equal to its block {start} after it "
             f"(the same convolutions, neighbours of one class); the model has none"
         )
     names = {module: name for name, module in model.named_modules()}
     if optimizer is not None:
-        param_groups.leave(optimizer, [borrower.weight for borrower, _ in pairs])
+        param_groups.leave(
+            optimizer, [weight for borrower, _ in pairs if (weight := borrower._parameters["weight"]) is not None]
+        )
     for borrower, lender in pairs:
         borrower.weight = lender.weight
-        borrower.scale = nn.Parameter(lender.weight.new_ones(()))
+        borrower.scale = nn.Parameter(SCALES[scale](()).to(lender.weight))
         swap(borrower, _Borrower)
     if optimizer is not None:
-        param_groups.join(optimizer, model, [borrower.scale for borrower, _ in pairs])
+        param_groups.join(optimizer, model, scales(model))
     return {names[borrower]: names[lender] for borrower, lender in pairs}
 
 
@@ -80,14 +120,31 @@ def unshare(model: nn.Module) -> None:
     layers, for export. Optimizers made before do not know the new weights."""
     for module in model.modules():
         if isinstance(module, _Borrower):
-            restore(module)
+            restore(module, _Borrower)
             module.weight = nn.Parameter((module.weight * module.scale).detach())
             del module.scale
 
 
-def _pairs(model: nn.Module, start: int) -> list[tuple[nn.Module, nn.Module]]:
+def scales(model: nn.Module) -> list[nn.Parameter]:
+    """The scalars of all borrowing convolutions."""
+    return [module.scale for module in model.modules() if isinstance(module, _Borrower)]
+
+
+@contextlib.contextmanager
+def hidden_scales(model: nn.Module) -> Iterator[None]:
+    """Inside, the scalars are no parameters of the model, for code that takes every parameter for a weight."""
+    borrowers = [module for module in model.modules() if isinstance(module, _Borrower)]
+    hidden = [module._parameters.pop("scale") for module in borrowers]
+    try:
+        yield
+    finally:
+        for module, scale in zip(borrowers, hidden, strict=True):
+            module._parameters["scale"] = scale
+
+
+def _pairs(model: nn.Module, start: int) -> list[tuple[_ConvNd, _ConvNd]]:
     """(borrowing, lending) convolutions. Inner containers come first; a convolution takes part once."""
-    lenders: dict[nn.Module, nn.Module] = {}
+    lenders: dict[_ConvNd, _ConvNd] = {}
     for container in _containers(model):
         for _, children in itertools.groupby(container.children(), key=type):
             blocks = [block for child in children if (block := _convolutions(child))]
@@ -101,7 +158,7 @@ def _pairs(model: nn.Module, start: int) -> list[tuple[nn.Module, nn.Module]]:
 
 def _containers(module: nn.Module) -> Iterator[nn.Module]:
     """Containers in the module, innermost first, those of plugins left out."""
-    if getattr(module, "east_plugin", False):
+    if isinstance(module, PluginModule):
         return
     for child in module.children():
         yield from _containers(child)
@@ -114,6 +171,7 @@ def _convolutions(block: nn.Module) -> Block:
         name: module
         for name, module in layers(block)
         if name
+        and isinstance(module, _ConvNd)
         and type(module).forward in FORWARDS
         and "weight" in module._parameters
         and not any(word in name.lower() for word in _SHORTCUTS)

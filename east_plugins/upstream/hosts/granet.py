@@ -5,29 +5,13 @@ from __future__ import annotations
 import copy
 from typing import Any
 
+from torch import nn
+
 from ...errors import UsageError
 from ...host.masking import Masking
 from ...plugins.density import Gradual
-from ..adapter import Adapter, Driven
-from .sparse_learning import own_decay
-
-
-class _Driven(Driven):
-    def add_module(self, module, *args, **kwargs):
-        with self.east.making_masks(module) as factor:
-            self.args = copy.copy(self.args)  # theirs is the script's own namespace
-            for name in ("init_density", "final_density"):
-                setattr(self.args, name, min(1.0, factor * getattr(self.args, name)))
-            super().add_module(module, *args, **kwargs)
-
-    def step(self):
-        self.prune_every_k_steps = self.east.frequency(self.steps + 1)
-        super().step()
-        self.east.stepped()
-
-    def truncate_weights(self, *args):
-        with self.east.resizing():
-            super().truncate_weights(*args)
+from ..adapter import Adapter
+from .family import DrivenMasking, own_decay
 
 
 class GraNet(Adapter):
@@ -35,7 +19,7 @@ class GraNet(Adapter):
 
     title = "GraNet"
     parameters = frozenset({"optimizer", "prune_rate", "prune_rate_decay", "train_loader", "args"})
-    driven = _Driven
+    driven = DrivenMasking
 
     def __init__(self, host: Any):
         super().__init__(host)
@@ -44,13 +28,17 @@ class GraNet(Adapter):
     def check_cycles(self) -> None:
         if self.host.args.method != "DST":
             raise UsageError(
-                f"--east-cyclic needs GraNet's --method DST: with --method {self.host.args.method} its own gradual "
+                f"`east_cyclic` needs GraNet's --method DST: with --method {self.host.args.method} its own gradual "
                 "pruning sets the density"
             )
 
+    def raise_density(self, arguments: dict[str, Any], factor: float) -> None:
+        self.host.args = copy.copy(self.host.args)  # theirs is the script's own namespace
+        for name in ("init_density", "final_density"):
+            setattr(self.host.args, name, min(1.0, factor * getattr(self.host.args, name)))
+
     @staticmethod
     def own(given: dict[str, Any]) -> Masking:
-        """Our host in place of theirs, from all arguments of its constructor."""
         return _OwnHost(given)
 
 
@@ -83,5 +71,5 @@ class _OwnHost(Masking):
             prune_scope="global" if gradual and "uniform" not in args.method else "local",
         )
 
-    def add_module(self, module, sparse_init=None, **kwargs):
+    def add_module(self, module: nn.Module, sparse_init: Any = None, **kwargs: Any) -> None:  # type: ignore[override]
         super().add_module(module, self._density, self.args.sparse_init, **kwargs)

@@ -5,23 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from ...host.masking import Masking
-from ..adapter import Adapter, Driven
-
-
-class _Driven(Driven):
-    def add_module(self, module, density, *args, **kwargs):
-        self.east.adapter.asked_density = density
-        with self.east.making_masks(module) as factor:
-            super().add_module(module, min(1.0, factor * density), *args, **kwargs)
-
-    def step(self):
-        self.prune_every_k_steps = self.east.frequency(self.steps + 1)
-        super().step()
-        self.east.stepped()
-
-    def truncate_weights(self):
-        with self.east.resizing():
-            super().truncate_weights()
+from ..adapter import Adapter
+from .family import DrivenMasking
 
 
 class ITOP(Adapter):
@@ -29,7 +14,7 @@ class ITOP(Adapter):
 
     title = "ITOP"
     parameters = frozenset({"optimizer", "death_rate", "death_rate_decay", "growth_death_ratio", "args"})
-    driven = _Driven
+    driven = DrivenMasking
 
     def __init__(self, host: Any):
         super().__init__(host)
@@ -41,5 +26,4 @@ class ITOP(Adapter):
 
     @staticmethod
     def own(given: dict[str, Any]) -> Masking:
-        """Our host in place of theirs, from all arguments of its constructor."""
         return Masking(**given)

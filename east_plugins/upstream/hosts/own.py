@@ -3,25 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import Tensor, nn
 
 from ...errors import UsageError
+from ...host.masking import Masking
 from ...plugins.density import Constant
-from ..adapter import Adapter, Driven
-
-if TYPE_CHECKING:
-    from ..attachment import Attachment
+from ..adapter import Adapter, Attached, Driven, constructor_parameters, theirs
 
 
 class _Driven(Driven):
-    def add_module(self, module, *args, **kwargs):
+    def add_module(self, module: nn.Module, *args: Any, **kwargs: Any) -> None:
         with self.east.making_masks(module):  # it counts the unshared network by itself
-            super().add_module(module, *args, **kwargs)
+            theirs(super()).add_module(module, *args, **kwargs)
 
-    def step(self, *args, **kwargs):
-        result = super().step(*args, **kwargs)
+    def step(self, *args: Any, **kwargs: Any) -> Any:
+        result = theirs(super()).step(*args, **kwargs)
         self.east.stepped()
         return result
 
@@ -30,7 +28,12 @@ class Own(Adapter):
     """Takes the cycles as its schedule and needs no resizing."""
 
     title = "east_plugins"
+    parameters = frozenset(constructor_parameters(Masking))
     driven = _Driven
+
+    @classmethod
+    def recognises(cls, host_class: type) -> bool:
+        return issubclass(host_class, Masking)
 
     @property
     def rate_decay(self) -> Any:
@@ -53,9 +56,9 @@ class Own(Adapter):
 
     def check_cycles(self) -> None:
         if not isinstance(self.host.schedule, Constant):
-            raise UsageError("--east-cyclic needs a host of constant density; this one has a schedule of its own")
+            raise UsageError("`east_cyclic` needs a host of constant density; this one has a schedule of its own")
 
-    def begin(self, attachment: Attachment) -> None:
+    def begin(self, attachment: Attached) -> None:
         if attachment.cycle is not None:
             self.host.schedule = attachment.cycle
 

@@ -6,30 +6,31 @@ import contextlib
 import inspect
 import sys
 from collections.abc import Callable, Iterator, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ...host.masking import Masking
+from ...ops.marks import leave_out
 from ...plugins.density import Constant
 from ...plugins.rate import Cosine
-from ..adapter import Adapter, Driven
-
-if TYPE_CHECKING:
-    from ..attachment import Attachment
+from ..adapter import Adapter, Attached, Driven, theirs
+from ..replacing import replaced
 
 
 class _Driven(Driven):
-    def __call__(self):
-        go_on = super().__call__()
+    delta_T: int
+
+    def __call__(self) -> bool:
+        go_on = theirs(super()).__call__()
         self.east.stepped()
-        self.delta_T = self.east.adapter.next_delta(self.east)
+        self.delta_T = self.east_adapter.next_delta(self.east)
         return go_on
 
-    def _rigl_step(self):
+    def _rigl_step(self) -> None:
         with self.east.resizing():
-            super()._rigl_step()
+            theirs(super())._rigl_step()
 
 
 class RigLTorch(Adapter):
@@ -62,6 +63,10 @@ class RigLTorch(Adapter):
         self.host.step = value
 
     @property
+    def model(self) -> nn.Module | None:
+        return self.host.model
+
+    @property
     def weights(self) -> dict[str, nn.Parameter]:
         return {name: self.host.W[i] for name, i in self._index.items()}
 
@@ -85,15 +90,15 @@ class RigLTorch(Adapter):
     def target_nonzeros(self, borrowed: int) -> int:
         return self.nonzeros + self.dense  # drawn exactly, by an allocation of its own
 
-    def next_delta(self, attachment: Attachment) -> int:
+    def next_delta(self, attachment: Attached) -> int:
         """What `delta_T` has to be before the next backward pass, whose hook keeps the dense gradient by it."""
         return attachment.frequency(self.steps + 1) or sys.maxsize
 
-    def begin(self, attachment: Attachment) -> None:
+    def begin(self, attachment: Attached) -> None:
         self.host.delta_T = self.next_delta(attachment)
 
     @classmethod
-    def construct(cls, attachment: Attachment, init: Callable[..., None], given: inspect.BoundArguments) -> None:
+    def construct(cls, attachment: Attached, init: Callable[..., None], given: inspect.BoundArguments) -> None:
         """The constructor makes the masks: weights are tied before, and the connection made inside."""
         host, arguments = given.args[0], given.arguments
         asked = arguments.get("dense_allocation", 1)
@@ -101,30 +106,27 @@ class RigLTorch(Adapter):
         with attachment.making_masks(arguments["model"]) as factor, _tied_weights_once(type(host)):
             arguments["dense_allocation"] = min(1.0, factor * asked)
             init(*given.args, **given.kwargs)
-        attachment.connect(cls(host))
-        attachment.adapter.asked_density = asked
+        adapter = cls(host)
+        attachment.connect(adapter)
+        adapter.asked_density = asked
 
     @staticmethod
     def own(given: dict[str, Any]) -> _OwnPruner:
-        """Our host in place of theirs, from all arguments of its constructor."""
         return _OwnPruner(**given)
 
 
 @contextlib.contextmanager
 def _tied_weights_once(host_class: type) -> Iterator[None]:
     """`get_W` lists a tied weight once, as `model.modules()` does; the constructor fails on it otherwise."""
-    module = sys.modules[host_class.__module__]
+    module: Any = sys.modules[host_class.__module__]
     get_w: Callable = module.get_W
 
     def once(model, return_linear_layers_mask=False):
         pairs = dict(zip(*get_w(model, return_linear_layers_mask=True), strict=True))
         return (list(pairs), list(pairs.values())) if return_linear_layers_mask else list(pairs)
 
-    module.get_W = once
-    try:
+    with replaced(module, "get_W", once):
         yield
-    finally:
-        module.get_W = get_w
 
 
 class _OwnPruner:
@@ -144,7 +146,7 @@ class _OwnPruner:
     ):
         for module in model.modules():
             if isinstance(weight := getattr(module, "weight", None), nn.Parameter) and not weight.requires_grad:
-                module.east_plugin = True  # DCTpS's fixed matrices are no maskable weights
+                leave_out(module)  # DCTpS's fixed matrices are no maskable weights
         self.host = Masking(
             optimizer,
             death_rate_decay=Cosine(alpha, T_end, 0.0).__call__,  # a function: it does not run to the end of training

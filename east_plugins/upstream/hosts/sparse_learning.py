@@ -4,32 +4,17 @@ from __future__ import annotations
 
 from typing import Any
 
+from torch import nn
+
 from ...host.masking import Masking
-from ...plugins import rate
-from ..adapter import Adapter, Driven
-from ..length import decay_steps
+from ..adapter import Adapter, theirs
+from .family import DrivenMasking, own_decay
 
 
-class _Driven(Driven):
-    def add_module(self, module, density, *args, **kwargs):
-        self.east.adapter.asked_density = density
-        with self.east.making_masks(module) as factor:
-            super().add_module(module, min(1.0, factor * density), *args, **kwargs)
-
-    def step(self):
-        self.prune_every_k_steps = self.east.frequency(self.steps + 1)
-        super().step()
-        self.east.stepped()
-
-    def at_end_of_epoch(self):
+class _Driven(DrivenMasking):
+    def at_end_of_epoch(self) -> None:
         if self.east.cycle is None or self.steps >= self.east.cycle.close:  # inside the cycles their schedule decides
-            super().at_end_of_epoch()
-
-    def truncate_weights(self):
-        with self.east.resizing() as total:
-            if total is not None:
-                self.baseline_nonzero, self.adjustments, self.adjusted_growth = total, [], 0
-            super().truncate_weights()
+            theirs(super()).at_end_of_epoch()
 
 
 class SparseLearning(Adapter):
@@ -51,9 +36,11 @@ class SparseLearning(Adapter):
             return self.asked_density
         return self.host.baseline_nonzero / sum(mask.numel() for mask in self.host.masks.values())
 
+    def updating(self, nonzeros: int) -> None:
+        self.host.baseline_nonzero, self.host.adjustments, self.host.adjusted_growth = nonzeros, [], 0
+
     @staticmethod
     def own(given: dict[str, Any]) -> Masking:
-        """Our host in place of theirs, from all arguments of its constructor."""
         return _OwnHost(
             given["optimizer"],
             death_rate=given["prune_rate"],
@@ -68,15 +55,11 @@ class SparseLearning(Adapter):
 class _OwnHost(Masking):
     """Our host with sparse_learning's way of updating."""
 
-    def add_module(self, module, density, sparse_init="constant", **kwargs):
+    def add_module(
+        self, module: nn.Module, density: float = 0.05, sparse_init: str = "constant", **kwargs: Any
+    ) -> None:
         names = {"constant": "uniform", "linear": "ER"}
         super().add_module(module, density, names.get(sparse_init, sparse_init), **kwargs)
 
     def at_end_of_epoch(self) -> None:
         self.truncate_weights()
-
-
-def own_decay(decay: Any, initial: float):
-    """Our decay of the prune rate for one of theirs, whose `get_dr` wants an argument."""
-    kind = rate.Linear if hasattr(decay, "decrement") else rate.Cosine
-    return kind(initial, decay_steps(decay), **({"final": 0.0} if kind is rate.Linear else {}))

@@ -108,7 +108,7 @@ def test_unknown_name_gives_the_nearest():
 
 
 def test_reduction_below_one_is_refused():
-    with pytest.raises(UsageError, match="--east-dyrelu-reduction must be at least 1, got 0"):
+    with pytest.raises(UsageError, match="`reduction` must be at least 1, got 0"):
         factory("b", reduction=0)(8)
 
 

@@ -184,7 +184,7 @@ def test_relus_called_only_in_training_are_found():
 
 def test_model_without_relu_is_refused_and_unchanged():
     net = nn.Sequential(nn.Linear(3, 4), nn.GELU())
-    with pytest.raises(NothingMatchedError, match="--east-dyrelu"):
+    with pytest.raises(NothingMatchedError, match="`east_dyrelu`"):
         attach(net, dyrelu_b, (3,))
     assert type(net) is nn.Sequential
 
@@ -197,7 +197,7 @@ def test_attaching_twice_is_refused(net):
 
 def test_a_factory_that_fails_leaves_the_model_unchanged(net):
     keys = list(net.state_dict())
-    with pytest.raises(UsageError, match="--east-dyrelu-reduction"):
+    with pytest.raises(UsageError, match="`reduction`"):
         attach(net, factory("b", reduction=0), SHAPE)
     assert type(net) is Net and list(net.state_dict()) == keys
 
@@ -281,7 +281,7 @@ def test_equal_start_and_end_switch_at_once():
 
 @pytest.mark.parametrize("start, end", [(5, 4), (-1, 4), (0, 0)])
 def test_an_end_before_the_start_is_refused(start, end):
-    with pytest.raises(UsageError, match="--east-dyrelu-end .*--east-dyrelu-start"):
+    with pytest.raises(UsageError, match="`end` .*`start`"):
         PhaseOut(start, end)
 
 

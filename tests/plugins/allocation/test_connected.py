@@ -153,7 +153,7 @@ def test_inputs_and_outputs_are_used_where_the_budgets_allow_it():
 
 def test_is_registered_as_an_allocation_that_draws():
     entry = allocation.entry("connected")
-    assert entry.object is draw and entry.meta == {"draws": True, "budgets": "ERK"}
+    assert entry.meta == {"draws": True} and entry.bound().budgets == "ERK"
 
 
 def test_depends_on_the_generator_only_and_leaves_the_model_as_it_was():
@@ -191,7 +191,7 @@ def test_budgets_that_do_not_fit_on_paths_are_kept():
 def test_refuses_a_layer_on_no_path():
     model = nn.Sequential(nn.Linear(2, 2))
     model[0].unused = nn.Linear(2, 2)
-    with pytest.raises(UsageError, match="^--sparse-init connected: layer 0.unused.weight lies on no path .*$"):
+    with pytest.raises(UsageError, match="^`sparse_init` connected: layer 0.unused.weight lies on no path .*$"):
         draw(model, {name: 1 for name in maskable(model)}, (2,), generator())
 
 

@@ -46,7 +46,7 @@ def test_other_proportions():
 
 
 def test_too_few_weights_for_the_layers_are_refused():
-    with pytest.raises(UsageError, match="--density gives 4 active weights; allowed are 5"):
+    with pytest.raises(UsageError, match="`density` gives 4 active weights; allowed are 5"):
         budgets("ERK", SHAPES, 4)
 
 

@@ -111,10 +111,9 @@ NETWORKS = [
 @pytest.mark.parametrize("base", ["first-blocks", "EPL"])
 def test_connected_masks_keep_the_budgets_and_lie_on_paths(name, size, density, base):
     model = models.build(name, 10, image_size=size)
-    host = Masking(torch.optim.SGD(model.parameters(), lr=0.1), growth_mode="random", seed=0)
-    host.add_module(
-        model, density, "connected", input_shape=(3, size, size), allocation_options=dict(budgets=base, width=0.6)
-    )
+    options = {"allocation": dict(budgets=base, width=0.6)}
+    host = Masking(torch.optim.SGD(model.parameters(), lr=0.1), growth_mode="random", seed=0, options=options)
+    host.add_module(model, density, "connected", input_shape=(3, size, size))
     assert host.nonzeros == round(density * theoretical_size(model))
     on = on_path(model, host.masks, (3, size, size))
     assert sum(int(mask.sum()) for mask in on.values()) >= 0.999 * host.nonzeros
@@ -137,8 +136,11 @@ PLACES = places(RESNET, {name: weight.shape for name, weight in maskable(RESNET)
 def hosted(sparse_init="connected", **options):
     torch.manual_seed(0)
     model = models.build("resnet20", 10)
-    host = Masking(torch.optim.SGD(model.parameters(), lr=0.1), growth_mode="random", seed=0, update_frequency=1)
-    host.add_module(model, 0.005, sparse_init, input_shape=(3, 16, 16), allocation_options=options)
+    host = Masking(
+        torch.optim.SGD(model.parameters(), lr=0.1), growth_mode="random", seed=0, update_frequency=1,
+        options={"allocation": options},
+    )  # fmt: skip
+    host.add_module(model, 0.005, sparse_init, input_shape=(3, 16, 16))
     return host
 
 
@@ -166,10 +168,10 @@ def test_width_sets_how_many_channels_are_in_use():
 @pytest.mark.parametrize(
     "sparse_init, options, said",
     [
-        ("connected", dict(width=1.5), "--connected-width"),
-        ("connected", dict(budgets="synflow"), "--connected-budgets"),
-        ("ERK", dict(width=0.5), "--sparse-init ERK"),
-        ("synflow", dict(budgets="EPL"), "--sparse-init synflow"),
+        ("connected", dict(width=1.5), "`width` must be in"),
+        ("connected", dict(budgets="synflow"), "`budgets` synflow draws"),
+        ("ERK", dict(width=0.5), "ERK has no option"),
+        ("synflow", dict(budgets="EPL"), "synflow has no option"),
     ],
 )
 def test_options_that_cannot_be_are_refused(sparse_init, options, said):

@@ -62,7 +62,7 @@ def test_every_quiet_scale_leaves_zero_with_the_first_step():
 def test_networks_without_such_a_norm_are_refused_and_unchanged(name):
     model = models.build(name, 10, image_size=16)
     before = {key: value.clone() for key, value in model.state_dict().items()}
-    with pytest.raises(NothingMatchedError, match="quiet-branches"):
+    with pytest.raises(NothingMatchedError, match="quiet_branches"):
         quiet(model, SHAPE)
     assert all(torch.equal(before[key], value) for key, value in model.state_dict().items())
 

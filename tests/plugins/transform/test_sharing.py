@@ -128,7 +128,7 @@ def test_blocks_that_differ_are_not_tied(change):
     model = flat((4, 4), (4, 4), (4, 4))
     arguments = dict(kernel_size=3, padding=1, bias=False)
     model.blocks[2].conv1 = nn.Conv2d(4, 4, **(arguments | change))
-    with pytest.raises(NothingMatchedError, match="--east-share"):
+    with pytest.raises(NothingMatchedError, match="`east_share`"):
         share(model)
     model.blocks[2].conv1 = nn.Conv2d(4, 4, **arguments)
     assert len(share(model)) == 2
@@ -181,13 +181,13 @@ def test_activations_of_a_plugin_are_no_blocks():
     ids=["vgg16", "resnet18", "mlp"],
 )
 def test_nothing_to_share_is_refused(model):
-    with pytest.raises(NothingMatchedError, match="^--east-share needs a stage .* the model has none$"):
+    with pytest.raises(NothingMatchedError, match="^`east_share` needs a stage .* the model has none$"):
         share(model)
 
 
 def test_sharing_twice_and_a_start_below_one_are_refused():
     model = net()
-    with pytest.raises(UsageError, match="--east-share-from must be at least 1, got 0"):
+    with pytest.raises(UsageError, match="`start` must be at least 1, got 0"):
         share(model, start=0)
     share(model)
     with pytest.raises(UsageError, match="already"):

@@ -6,7 +6,7 @@ materialize(model)     # in place; plain layers with alpha D + S in them
 """
 
 from .convert import convert, materialize
-from .layers import DCTConv1d, DCTConv2d, DCTConv3d, DCTLayer, DCTLinear
+from .layers import DCTConv1d, DCTConv2d, DCTConv3d, DCTLayer, DCTLinear, is_dct
 from .transform import macs, matrix
 
 __all__ = [
@@ -16,6 +16,7 @@ __all__ = [
     "DCTLayer",
     "DCTLinear",
     "convert",
+    "is_dct",
     "macs",
     "materialize",
     "matrix",

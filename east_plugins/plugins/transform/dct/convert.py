@@ -5,6 +5,7 @@ from __future__ import annotations
 import fnmatch
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import nn
@@ -15,9 +16,9 @@ from ....ops import param_groups
 from ....ops.maskable import layers
 from ...registry import transform
 from . import engines
-from .layers import DCTConv1d, DCTConv2d, DCTConv3d, DCTLinear
+from .layers import DCTConv1d, DCTConv2d, DCTConv3d, DCTLinear, is_dct
 
-_DCT_CLASS = {nn.Conv1d: DCTConv1d, nn.Conv2d: DCTConv2d, nn.Conv3d: DCTConv3d, nn.Linear: DCTLinear}
+_DCT_CLASS: dict[Any, Any] = {nn.Conv1d: DCTConv1d, nn.Conv2d: DCTConv2d, nn.Conv3d: DCTConv3d, nn.Linear: DCTLinear}
 _PLAIN_CLASS = {dct: plain for plain, dct in _DCT_CLASS.items()}
 
 
@@ -50,8 +51,8 @@ def convert(
     engine; the model is unchanged then.
     """
     engines.check(engine)
-    if any(hasattr(module, "dct") for module in model.modules()):
-        raise UsageError("the model has DCT layers (--dctps) already")
+    if any(is_dct(module) for module in model.modules()):
+        raise UsageError("the model has DCT layers (`dctps`) already")
     patterns = [match] if isinstance(match, str) else list(match)
     found = {
         name: layer for name, layer in layers(model) if any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
@@ -65,10 +66,10 @@ def convert(
         if type(layer) in _DCT_CLASS and "weight" in layer._parameters and layer not in fused
     }
     if not found:
-        raise NothingMatchedError(f"--dctps: the model has no plain conv or linear layer named {' or '.join(patterns)}")
+        raise NothingMatchedError(f"`dctps`: the model has no plain conv or linear layer named {' or '.join(patterns)}")
     alphas = alpha if isinstance(alpha, Mapping) else dict.fromkeys(found, alpha)
     if unknown := alphas.keys() - found.keys():
-        raise UsageError(f"--dctps: alpha is given for {min(unknown)!r}, which is none of {', '.join(found)}")
+        raise UsageError(f"`dctps`: alpha is given for {min(unknown)!r}, which is none of {', '.join(found)}")
     if optimizer is not None:
         param_groups.join(optimizer, model, [])  # raises here, before anything is changed
 
@@ -88,7 +89,7 @@ def materialize(model: nn.Module) -> list[str]:
     """
     found = {name: module for name, module in model.named_modules() if type(module) in _PLAIN_CLASS}
     if not found:
-        raise NothingMatchedError("materialize: the model has no DCT layers (--dctps)")
+        raise NothingMatchedError("materialize: the model has no DCT layers (`dctps`)")
     for layer in found.values():
         with torch.no_grad():
             layer.weight.copy_(layer.effective_weight())
@@ -103,6 +104,6 @@ def _refuse_tied(model: nn.Module, found: Mapping[str, nn.Module]) -> None:
     for name, layer in found.items():
         if uses[id(layer.weight)] > 1:
             raise UsageError(
-                f"--dctps cannot be used on {name}, whose weight other layers share: weight sharing is left out with "
+                f"`dctps` cannot be used on {name}, whose weight other layers share: weight sharing is left out with "
                 f"DCT layers to prevent conflicts with the DCT matrices (EAST paper, Sec. 4)"
             )

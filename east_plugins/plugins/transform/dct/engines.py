@@ -136,7 +136,9 @@ def _measure(layer: DCTLayer, input: Tensor) -> Plan:
         if engine == "dense":
             output = layer.product(input, torch.addcmul(weight, matrix, alpha))
         else:
-            output = layer.fast_product(input, weight, alpha, engine, find(weight))
+            live = find(weight)
+            assert live is not None  # without a limit
+            output = layer.fast_product(input, weight, alpha, engine, live)
         if leaves:
             torch.autograd.grad(output, leaves, torch.ones_like(output))
 
@@ -149,7 +151,7 @@ def _measure(layer: DCTLayer, input: Tensor) -> Plan:
         with torch.no_grad():
             weight.zero_().view(len(weight), -1)[live % len(weight), live * columns // len(live)] = 1
         seconds = {name: _seconds(run, name, input.device, 4 * dense) for name in candidates}
-        best = min(seconds, key=seconds.get)
+        best = min(seconds, key=seconds.__getitem__)
         if seconds[best] >= dense:
             break
         engine, limit, candidates = best, share, [best]

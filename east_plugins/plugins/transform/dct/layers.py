@@ -2,17 +2,40 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd
 
+from ....ops.marks import Marked
 from . import engines, transform
 from .live import Live
 
+Geometry = tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]  # stride, padding, dilation
 
-class DCTLayer:
+if TYPE_CHECKING:
+
+    class _Layer(nn.Module):
+        """What a DCT layer is mixed into."""
+
+        weight: Tensor
+        bias: Any
+
+    class _Convolution(_ConvNd):
+        """What a convolution's is mixed into."""
+
+        def _conv_forward(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor: ...
+
+else:
+    _Layer = _Convolution = object
+
+
+class DCTLayer(Marked, _Layer):
     """What a DCT layer adds to the plain layer that it is: `weight` is S and starts at zero, `alpha` is a scalar.
 
     D is no parameter and no buffer: layers of equal shape use one tensor, made when it is first needed, and a state
@@ -24,8 +47,9 @@ class DCTLayer:
         engine: how the product of input and weight is computed, see `engines`.
     """
 
-    east_dct = True
-    groups = 1
+    alpha: Tensor
+    groups: int = 1
+    channel_dim: int
     resting = 0  # calls left without a look at S, see engines.REST
 
     def __init__(self, *args, alpha: float = 1.0, trainable: bool = True, engine: str = "auto", **kwargs):
@@ -42,8 +66,17 @@ class DCTLayer:
             self.register_buffer("alpha", value)
         nn.init.zeros_(self.weight)
 
+    @contextlib.contextmanager
+    def plain(self) -> Iterator[None]:
+        """Inside, the layer forms alpha D + S and multiplies once."""
+        before, self.engine = self.engine, "dense"
+        try:
+            yield
+        finally:
+            self.engine = before
+
     def reset_parameters(self) -> None:
-        super().reset_parameters()
+        super().reset_parameters()  # type: ignore[misc]  # the plain layer's
         nn.init.zeros_(self.weight)
 
     @property
@@ -61,7 +94,7 @@ class DCTLayer:
 
     def forward(self, input: Tensor) -> Tensor:
         engine, live = engines.choose(self, input)
-        if engine == "dense":
+        if live is None:
             return self.product(input, self.effective_weight(), self.bias)
         output = self.fast_product(input, self.weight, self.alpha, engine, live)
         return output if self.bias is None else output + self.bias.reshape(-1, *[1] * (self.weight.dim() - 2))
@@ -74,6 +107,39 @@ class DCTLayer:
             return offset + self.sparse_product(input, weight)
         return _AddLive.apply(self, offset, input, weight, live)
 
+    def product(self, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        """Product of `input` and a dense weight, as the plain layer computes it."""
+        raise NotImplementedError
+
+    def sparse_product(self, input: Tensor, weight: Tensor) -> Tensor:
+        """Product of a `padded` input and a dense weight."""
+        raise NotImplementedError
+
+    def padded(self, input: Tensor) -> Tensor:
+        """The input, padded where it is not the product that pads."""
+        raise NotImplementedError
+
+    def dct(self, input: Tensor, engine: str = "fft") -> Tensor:
+        """Product of the `padded` input and D in O(n log n)."""
+        raise NotImplementedError
+
+    def take(self, input: Tensor, live: Live) -> Tensor:
+        """What the live columns multiply, as channels."""
+        raise NotImplementedError
+
+    def mix(self, input: Tensor, weight: Tensor) -> Tensor:
+        """Product of the channels and `weight` at every position."""
+        raise NotImplementedError
+
+    def gradients(self, grad: Tensor, input: Tensor, weight: Tensor, needed: list[bool]) -> list[Tensor | None]:
+        """Gradients of `sparse_product` to the input and the weight, None where not needed."""
+        raise NotImplementedError
+
+
+def is_dct(module: nn.Module) -> bool:
+    """Whether a module is a DCT layer: ours, or the published code's, which holds D as a submodule called `dct`."""
+    return isinstance(module, DCTLayer) or isinstance(module._modules.get("dct"), nn.Module)
+
 
 class DCTLinear(DCTLayer, nn.Linear):
     """nn.Linear with the weight alpha D + S, see `DCTLayer`."""
@@ -83,7 +149,8 @@ class DCTLinear(DCTLayer, nn.Linear):
     def product(self, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         return F.linear(input, weight, bias)
 
-    sparse_product = product
+    def sparse_product(self, input: Tensor, weight: Tensor) -> Tensor:
+        return F.linear(input, weight)
 
     def padded(self, input: Tensor) -> Tensor:
         return input
@@ -108,7 +175,7 @@ class DCTLinear(DCTLayer, nn.Linear):
         ]
 
 
-class _DCTConv(DCTLayer):
+class _DCTConv(DCTLayer, _Convolution):
     channel_dim = 1
 
     def product(self, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -126,21 +193,26 @@ class _DCTConv(DCTLayer):
         return self.padding_mode == "zeros" and not isinstance(self.padding, str)
 
     @property
-    def geometry(self) -> tuple[tuple[int, ...], ...]:
+    def geometry(self) -> Geometry:
         """Stride, padding of a `padded` input, dilation."""
-        return self.stride, self.padding if self.pads_itself else (0,) * len(self.kernel_size), self.dilation
+        padding = (
+            (0,) * len(self.kernel_size) if isinstance(self.padding, str) or not self.pads_itself else self.padding
+        )
+        return self.stride, padding, self.dilation
 
     def dct(self, input: Tensor, engine: str = "fft") -> Tensor:
         """Product of the `padded` input and D, by "fft" of every patch in O(n log n), or "separable"."""
         if engine == "fft":
-            patches = transform.patches(input, self.kernel_size, *self.geometry, self.groups)
+            stride, padding, dilation = self.geometry
+            patches = transform.patches(input, self.kernel_size, stride, padding, dilation, self.groups)
             spectra = transform.dct(patches, self.out_channels).unflatten(-1, (self.groups, -1))
             return spectra.diagonal(dim1=-3, dim2=-2).transpose(-1, -2).flatten(-2).movedim(-1, 1)
         pairs = transform.factors(tuple(self.weight.shape), self.weight.dtype, self.weight.device)
-        return sum(
+        first, second = (
             _convolution(_pointwise(input, channels, self.groups), taps, self.geometry, self.out_channels)
             for channels, taps in pairs
         )
+        return first + second
 
     def sparse_product(self, input: Tensor, weight: Tensor) -> Tensor:
         return _convolution(input, weight, self.geometry, self.groups)
@@ -182,8 +254,9 @@ class DCTConv3d(_DCTConv, nn.Conv3d):
     """nn.Conv3d with the weight alpha D + S, see `DCTLayer`."""
 
 
-def _convolution(input: Tensor, weight: Tensor, geometry: tuple[tuple[int, ...], ...], groups: int) -> Tensor:
-    return torch.convolution(input, weight, None, *geometry, False, [0] * len(geometry[0]), groups)
+def _convolution(input: Tensor, weight: Tensor, geometry: Geometry, groups: int) -> Tensor:
+    stride, padding, dilation = geometry
+    return torch.convolution(input, weight, None, stride, padding, dilation, False, [0] * len(stride), groups)
 
 
 def _pointwise(input: Tensor, weight: Tensor, groups: int = 1) -> Tensor:

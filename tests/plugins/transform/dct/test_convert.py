@@ -131,7 +131,7 @@ def test_published_layers_are_refused():
     ],
 )
 def test_says_when_nothing_matched(call):
-    with pytest.raises(NothingMatchedError, match="--dctps"):
+    with pytest.raises(NothingMatchedError, match="`dctps`"):
         call()
 
 

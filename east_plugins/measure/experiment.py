@@ -1,11 +1,10 @@
-"""The paper's headline on one GPU: extreme sparsities, the methods beside each other. Run by cuda.sh experiment.
+"""The paper's headline on one GPU: extreme sparsities, the methods beside each other.
 
-A part trains its runs, several side by side, for at most 9 minutes; the same command goes on where it stopped.
+A part trains its runs, several side by side, for at most 9 minutes; called again, it goes on where it stopped.
 """
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import pickle
@@ -14,52 +13,80 @@ import subprocess
 import sys
 import tarfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 
-from east_plugins.errors import UsageError
-from east_plugins.options import config, flags
-from east_plugins.training import compare, runs
+from ..errors import UsageError
+from ..options import flags, sources
+from ..training import compare, runs
 
 LIMIT = 520  # seconds of a call
 SAVING = 20  # seconds of it that stopped runs have for writing their state
-SPARSITIES = "0.9995,0.9999"
+SPARSITIES = (0.9995, 0.9999)
 METHODS = {
     "paper": "rigl,set,rigl+dyrelu,rigl+share,east",
     "connected": "rigl+connected,east+connected",
     "dctps": "rigl+dctps,east+dctps",
 }
 PARTS = {f"{model}-{group}": (model, group) for model in ("resnet34", "resnet50") for group in METHODS}
+DECODED = "cifar-10-batches-py"
 IMAGES = (".jpg", ".jpeg", ".png")
 
 
-def settings(part: str, args: argparse.Namespace) -> dict:
-    """The flags of a part's runs as `compare` has them: Table B.1 scaled to the epochs; DCTpS: Tables C.2 to C.5."""
-    model, group = PARTS[part]
-    epochs = args.epochs or (4 if args.tiny else 12)
+@dataclass(frozen=True)
+class Wanted:
+    """A part's runs: `tiny`, two small ones; `jobs` at a time; started until `seconds` have passed."""
+
+    part: str
+    out: Path
+    tiny: bool = False
+    epochs: int | None = None
+    seeds: str = "0"
+    jobs: int = 4
+    seconds: float = LIMIT
+
+    @property
+    def data(self) -> Path:
+        """The folder of the decoded images."""
+        return self.out / "data"
+
+
+def settings(wanted: Wanted) -> dict[str, Any]:
+    """The flags of a part's runs that all of them have: Table B.1 scaled to the epochs; DCTpS: Tables C.2 to C.5."""
+    model, group = PARTS[wanted.part]
+    epochs = wanted.epochs or (4 if wanted.tiny else 12)
     cuda = torch.cuda.is_available()
-    given = {
-        "methods": METHODS[group], "sparsities": SPARSITIES, "seeds": args.seeds, "jobs": args.jobs,
-        "out": args.out / part, "model": model, "data": "cifar10", "data_dir": str(args.out / "data"), "epochs": epochs,
+    given: dict[str, Any] = {
+        "model": model, "data": "cifar10", "data_dir": str(wanted.data),
+        "epochs": epochs,
         "device": "cuda" if cuda else "cpu", "amp": True, "channels_last": True, "threads": 1, "batch_size": 128,
         "engine": "dense",  # runs that share a GPU would measure each other
     }  # fmt: skip
     if group == "dctps":  # the paper's optimizer for it, on the schedule that all have
         drops = [epochs * drop / 250 for drop in (75, 150)]
         given |= {"optimizer": "adam", "weight_decay": 5e-4, "lr_drops": drops}
-    if args.tiny:
-        given |= {"width": 8, "limit": 64, "batch_size": 16, "sparsities": "0.9"}
+    if wanted.tiny:
+        given |= {"width": 8, "limit": 64, "batch_size": 16}
     return given
 
 
-def jobs(part: str, args: argparse.Namespace) -> list[compare.Job]:
-    found = compare.jobs(settings(part, args))
-    return found[:2] if args.tiny else found
+def jobs(wanted: Wanted) -> list[compare.Job]:
+    """The part's runs, checked."""
+    _, group = PARTS[wanted.part]
+    try:
+        seeds = [int(seed) for seed in wanted.seeds.split(",")]
+    except ValueError:
+        raise UsageError(f"`seeds` must be whole numbers joined by commas, got {wanted.seeds!r}") from None
+    sparsities = [0.9] if wanted.tiny else SPARSITIES
+    found = compare.jobs(METHODS[group].split(","), sparsities, seeds, wanted.out / wanted.part, settings(wanted))
+    return found[:2] if wanted.tiny else found
 
 
 # ---------------------------------------------------------------------- data, decoded once
@@ -68,8 +95,7 @@ def jobs(part: str, args: argparse.Namespace) -> list[compare.Job]:
 def prepare(source: Path, folder: Path) -> None:
     """Class folders `train` and `test` of 32x32 images, as a tree or a tar archive of it, as CIFAR-10's own files of
     uint8 arrays in `folder`, where `--data cifar10` reads them."""
-    target = folder / "cifar-10-batches-py"
-    if target.is_dir():
+    if prepared(folder):
         return
     files: dict[str, dict[str, list[tuple[str, bytes]]]] = {"train": {}, "test": {}}
     for path, content in _files(source):
@@ -78,18 +104,23 @@ def prepare(source: Path, folder: Path) -> None:
             files[place[-3]].setdefault(place[-2], []).append((path, content))
     classes = sorted(files["train"])
     if not classes or sorted(files["test"]) != classes:
-        raise UsageError(f"--data {source}: expected are train/<class>/ and test/<class>/ with the same classes")
+        raise UsageError(f"`data` {source}: expected are train/<class>/ and test/<class>/ with the same classes")
     unfinished = folder / f".unfinished-{os.getpid()}"
     unfinished.mkdir(parents=True)
     for part, names in (("train", [f"data_batch_{i}" for i in range(1, 6)]), ("test", ["test_batch"])):
-        content = [(i, image) for i, name in enumerate(classes) for _, image in sorted(files[part][name])]
+        labelled = [(i, image) for i, name in enumerate(classes) for _, image in sorted(files[part][name])]
         with ThreadPoolExecutor() as pool:
-            images = np.stack(list(pool.map(_decode, [image for _, image in content])))
-        labels = np.array([label for label, _ in content])
+            images = np.stack(list(pool.map(_decode, [image for _, image in labelled])))
+        labels = np.array([label for label, _ in labelled])
         for name, index in zip(names, np.array_split(np.arange(len(labels)), len(names)), strict=True):
             batch = {"data": images[index].reshape(len(index), -1), "labels": labels[index].tolist()}
             (unfinished / name).write_bytes(pickle.dumps(batch, protocol=2))
-    unfinished.rename(target)
+    unfinished.rename(folder / DECODED)
+
+
+def prepared(folder: Path) -> bool:
+    """Whether `prepare` has been there."""
+    return (folder / DECODED).is_dir()
 
 
 def _files(source: Path) -> Iterator[tuple[str, bytes]]:
@@ -102,10 +133,11 @@ def _files(source: Path) -> Iterator[tuple[str, bytes]]:
     try:
         with tarfile.open(source) as archive:
             for member in archive:
-                if member.isfile():
-                    yield member.name, archive.extractfile(member).read()
+                file = archive.extractfile(member)  # None for a folder
+                if file:
+                    yield member.name, file.read()
     except (OSError, tarfile.TarError) as error:
-        raise UsageError(f"--data {source} is neither a folder nor a readable tar archive: {error}") from error
+        raise UsageError(f"`data` {source} is neither a folder nor a readable tar archive: {error}") from error
 
 
 def _decode(content: bytes) -> np.ndarray:
@@ -114,36 +146,43 @@ def _decode(content: bytes) -> np.ndarray:
 
     with Image.open(BytesIO(content)) as image:
         if image.size != (32, 32):
-            raise UsageError(f"--data: images must have 32x32 pixels, found {image.width}x{image.height}")
+            raise UsageError(f"`data`: images must have 32x32 pixels, found {image.width}x{image.height}")
         return np.asarray(image.convert("RGB")).transpose(2, 0, 1)
 
 
 # ---------------------------------------------------------------------- running
 
 
-def run(part: str, args: argparse.Namespace) -> bool:
-    """Train what is unfinished, `args.jobs` runs at a time, until done or out of time; True when all are done."""
-    ends = args.began + args.seconds - SAVING
-    todo = [job for job in jobs(part, args) if runs.read_summary(job.out) is None]
+def run(wanted: Wanted, began: float, note: Callable[[str], None]) -> bool:
+    """Train what is unfinished, until done or `wanted.seconds` after `began`; True when all are done. `note` is given
+    each run's last line."""
+    ends = began + wanted.seconds - SAVING
+    todo = [job for job in jobs(wanted) if runs.read_summary(job.out) is None]
     running: dict[compare.Job, subprocess.Popen] = {}
     try:
         while todo or running:
-            while todo and len(running) < args.jobs and time.monotonic() < ends:
+            while todo and len(running) < wanted.jobs and time.monotonic() < ends:
                 job = todo.pop(0)
                 running[job] = _start(job)
             for job in [job for job, process in running.items() if process.poll() is not None]:
-                _ended(job, running.pop(job).returncode)
+                note(_last_line(job, running.pop(job).returncode))
             if time.monotonic() >= ends:
                 break
             time.sleep(0.2)
     finally:
-        _stop(running)
-    return all(runs.read_summary(job.out) for job in jobs(part, args))
+        _stop(running, note)
+    return all(runs.read_summary(job.out) for job in jobs(wanted))
+
+
+def progress(wanted: Wanted) -> tuple[int, int]:
+    """How many of the part's runs are finished, and how many there are."""
+    todo = jobs(wanted)
+    return sum(runs.read_summary(job.out) is not None for job in todo), len(todo)
 
 
 def _start(job: compare.Job) -> subprocess.Popen:
     parser = flags.Parser(add_help=False)
-    config.add_flags(parser)
+    sources.add_flags(parser)
     arguments = flags.as_arguments(job.options.as_dict(), parser, str(job.out))
     command = [sys.executable, "-m", "east_plugins", "train", "--resume", "--quiet", "--out", str(job.out), *arguments]
     job.out.parent.mkdir(parents=True, exist_ok=True)
@@ -151,12 +190,12 @@ def _start(job: compare.Job) -> subprocess.Popen:
         return subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True)
 
 
-def _ended(job: compare.Job, code: int) -> None:
+def _last_line(job: compare.Job, code: int) -> str:
     log = Path(f"{job.out}.txt").read_text().splitlines()
-    print(f"{job.out.name}: {log[-1] if log else f'exit {code}'}", file=sys.stderr, flush=True)
+    return f"{job.out.name}: {log[-1] if log else f'exit {code}'}"
 
 
-def _stop(running: dict[compare.Job, subprocess.Popen]) -> None:
+def _stop(running: dict[compare.Job, subprocess.Popen], note: Callable[[str], None]) -> None:
     """Have runs save themselves; what has not ended in time is killed and goes on from its last checkpoint."""
     for process in running.values():
         process.send_signal(signal.SIGINT)
@@ -167,7 +206,7 @@ def _stop(running: dict[compare.Job, subprocess.Popen]) -> None:
         except subprocess.TimeoutExpired:
             os.killpg(process.pid, signal.SIGKILL)
             process.wait()
-        _ended(job, process.returncode)
+        note(_last_line(job, process.returncode))
 
 
 # ---------------------------------------------------------------------- table
@@ -175,9 +214,10 @@ def _stop(running: dict[compare.Job, subprocess.Popen]) -> None:
 
 def table(out: Path) -> str:
     """Test accuracy of all finished runs of all parts, methods down, sparsities across, one table a network."""
-    texts, everything = [], {}
+    texts: list[str] = []
+    everything: dict[str, dict[str, Any]] = {}
     for model in ("resnet34", "resnet50"):
-        found = []
+        found: list[tuple[Path, dict[str, Any]]] = []
         for group in METHODS:
             folders = sorted(path for path in (out / f"{model}-{group}").glob("*-seed*") if path.is_dir())
             found += [(folder, summary) for folder in folders if (summary := runs.read_summary(folder))]
@@ -190,11 +230,11 @@ def table(out: Path) -> str:
         pairs.sort(key=lambda pair: (order.index(pair[0].method), pair[0].sparsity, pair[0].seed))
         rows = compare.collect(pairs)
         epochs = sorted({summary["epochs"] for _, summary in pairs})
-        texts.append(f"{model}, {'/'.join(map(str, epochs))} epochs, test accuracy in % (active weights on a path)\n\n"
+        texts.append(f"{model}, {'/'.join(map(str, epochs))} epochs\n\n"
                      + compare.markdown(rows))  # fmt: skip
         everything[model] = {job.out.name: summary for job, summary in pairs}
     if not everything:
-        raise UsageError(f"--out {out} holds no finished run; expected is the folder of the other parts")
+        raise UsageError(f"`out` {out} holds no finished run; expected is the folder of the other parts")
     runs.write_atomically(out / "table.json", json.dumps(everything, indent=1) + "\n")
     text = "\n".join(texts)
     runs.write_atomically(out / "table.md", text)
@@ -204,44 +244,3 @@ def table(out: Path) -> str:
 def _job(folder: Path) -> compare.Job:
     method, sparsity, seed = folder.name.rsplit("-", 2)
     return compare.Job(method, float(sparsity), int(seed.removeprefix("seed")), runs.read_config(folder), folder)
-
-
-def main() -> int:
-    parser = flags.Parser(prog="cuda.sh experiment", description=__doc__)
-    parser.add_argument("part", help=f"{', '.join(PARTS)}, or table", metavar="PART")
-    parser.add_argument("--tiny", action="store_true", help="two small runs of the part; also without CUDA")
-    parser.add_argument("--data", type=Path, metavar="PATH", help="class folders of 32x32 images, or a tar of them")
-    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder of runs, data and table")
-    parser.add_argument("--epochs", type=int, metavar="N", help="length of every run (default: 12)")
-    parser.add_argument("--seeds", default="0", metavar="N,N", help="one run for each seed (default: 0)")
-    parser.add_argument("--jobs", type=int, default=4, metavar="N", help="runs side by side on the GPU (default: 4)")
-    parser.add_argument("--seconds", type=float, default=LIMIT, metavar="N", help=f"then stop (default: {LIMIT})")
-    args = parser.parse_args()
-    args.began, args.out = time.monotonic(), args.out.resolve()
-    if args.part == "table":
-        print(table(args.out))
-        return 0
-    if args.part not in PARTS:
-        raise UsageError(f"unknown part {args.part!r}; allowed: {', '.join(PARTS)}, table")
-    if not args.tiny and not torch.cuda.is_available():
-        raise UsageError("this torch sees no CUDA device; allowed without one is --tiny")
-    todo = jobs(args.part, args)
-    if not (args.out / "data" / "cifar-10-batches-py").is_dir():
-        if args.data is None or not args.data.exists():
-            raise UsageError("--data must name a folder or archive with train/<class>/ and test/<class>/")
-        prepare(args.data, args.out / "data")
-    finished = run(args.part, args)
-    done = sum(runs.read_summary(job.out) is not None for job in todo)
-    print(f"{args.part}: {done} of {len(todo)} runs finished" + ("" if finished else "; the same command goes on"))
-    return 0
-
-
-if __name__ == "__main__":
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # runs are stopped, and save, on the way out
-    try:
-        sys.exit(main())
-    except UsageError as error:
-        print(f"cuda.sh: error: {error}", file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        sys.exit(130)

@@ -1,0 +1,62 @@
+"""The command `compare`: several methods at several sparsities with several seeds."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from ..errors import UsageError
+from ..options import flags, sources
+from . import parsing
+
+if TYPE_CHECKING:
+    from ..training.compare import Job
+
+
+def main(argv: Sequence[str]) -> int:
+    """Train all, print and write a table and a plot; returns the exit code."""
+    parser = parsing.parser(
+        "compare",
+        "Train several methods at several sparsities with several seeds: one table, one plot. The same command again "
+        "goes on where it was stopped.",
+        "compare --config configs/digits.yaml --methods rigl,east --sparsities 0.999 --seeds 0,1 --out runs/digits",
+        "compare --methods set,rigl,rigl+connected --data cifar10 --data-dir DIR --jobs 2 --out runs/cifar",
+        late=sources.late,
+    )
+    group = parser.add_argument_group("comparison")
+    group.add_argument("--methods", default="set,rigl,east", metavar="M,M", help="methods, as train takes them")
+    group.add_argument("--sparsities", default="0.999,0.9995", metavar="S,S", help="shares of weights that are zero")
+    group.add_argument("--seeds", default="0", metavar="N,N", help="one run for each seed")
+    group.add_argument("--jobs", type=int, default=1, metavar="N", help="runs at a time (default: 1)")
+    group.add_argument("--out", required=True, type=flags.folder, metavar="DIR", help="folder of runs, table and plot")
+    sources.add_flags(parser)
+    given = vars(parser.parse_args(argv))
+    methods, sparsities, seeds, workers, out = (
+        given.pop(name) for name in ("methods", "sparsities", "seeds", "jobs", "out")
+    )
+    if workers < 1:
+        raise UsageError(f"--jobs must be at least 1, got {workers}")
+    densities, numbers = _numbers("--sparsities", sparsities, float), _numbers("--seeds", seeds, int)
+    from ..training.compare import compare, markdown  # PyTorch is not waited for where a flag is wrong
+
+    rows = compare(methods.split(","), densities, out, seeds=numbers, workers=workers, finished=_tell, **given)
+    print(markdown(rows))
+    print(f"table: {out / 'table.md'}   plot: {out / 'accuracy.png'}")
+    return 0
+
+
+def _tell(job: Job, summary: dict[str, Any], number: int, count: int) -> None:
+    print(
+        f"{number:>3}/{count}  {job.method:<16} sparsity {job.sparsity:g}  seed {job.seed}  "
+        f"test {summary['test_accuracy']:.2%}  {summary['seconds']:.0f} s",
+        file=sys.stderr,
+        flush=True,
+    )
+
+
+def _numbers(flag: str, text: str, kind: type) -> list[Any]:
+    try:
+        return [kind(part) for part in text.split(",")]
+    except ValueError:
+        raise UsageError(f"{flag} must be numbers joined by commas, got {text!r}") from None

@@ -1,0 +1,28 @@
+"""Parsers of commands: usage that names the command as it was called, and two examples behind the flags."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import textwrap
+from pathlib import Path
+
+from ..options import flags
+
+
+def program() -> str:
+    """What was typed: `east` where that is installed and was called, else `python -m east_plugins`."""
+    name = Path(sys.argv[0]).name
+    return name if name == "east" else "python -m east_plugins"
+
+
+def parser(command: str, description: str, *examples: str, late: flags.Late | None = None) -> flags.Parser:
+    """The parser of `command`; `examples` are what may follow the program's name, `late` is as in `flags.Parser`."""
+    lines = "\n".join(f"  {program()} {example}" for example in examples)
+    return flags.Parser(
+        prog=f"{program()} {command}",
+        description=textwrap.fill(description, 100),
+        epilog=f"examples:\n{lines}" if examples else None,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        late=late,
+    )

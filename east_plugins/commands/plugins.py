@@ -1,0 +1,29 @@
+"""The command `plugins`: what can be named in flags and configuration files."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from ..options import methods
+from ..options.plugged import SLOTS
+from ..plugins import registry
+from .parsing import parser
+
+
+def main(argv: Sequence[str]) -> int:
+    """Everything registered, by kind, with a sentence of help, its source and its options; then the methods."""
+    parser("plugins", "What can be named in flags and files, by kind.").parse_args(argv)
+    prefixes = {slot.kind: slot.prefix for slot in SLOTS}
+    for kind in registry.ALL:
+        print(f"{kind.kind}:")
+        for entry in kind.entries():
+            print(f"  {entry.name:<18} {entry.help}  [{entry.source}]")
+            for field in entry.options:
+                flag = f"--{prefixes[kind.kind]}{field.name}".replace("_", "-")
+                print(f"  {'':<18}   {flag}: {field.metadata['help']} (default: {field.default})")
+    for title, presets in (("method", methods.METHODS), ("trick (+NAME behind a method)", methods.TRICKS)):
+        print(f"{title}:")
+        for name, preset in presets.items():
+            settings = ", ".join(f"{key}={value}" for key, value in preset.settings.items())
+            print(f"  {name:<18} {settings or 'no settings of its own'}  [{preset.source}]")
+    return 0

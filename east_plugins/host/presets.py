@@ -1,0 +1,128 @@
+"""A host as a method's name describes it, for the trainer and for scripts of one's own alike."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from ..errors import UsageError
+from ..ops.maskable import unwrap
+from ..options import plugged, sources
+from ..options.config import Resolved
+from ..plugins.activation import factory
+from ..plugins.activation.phased import PhasedActivations, attach
+from ..plugins.protocols import HostPlugin
+from ..plugins.transform.sharing import share
+
+if TYPE_CHECKING:
+    from .masking import Masking
+
+
+def of(
+    kind: type[Masking],
+    method: str,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    *,
+    steps: int,
+    density: float | None = None,
+    input_shape: Sequence[int] | None = None,
+    epochs: int = 1,
+    seed: int = 0,
+    **settings: Any,
+) -> Masking:
+    """A host that trains `model` by a method of `train`, over an optimizer that is there already.
+
+        mask = Masking.of("rigl+connected", model, optimizer, density=0.0005, steps=88_000, input_shape=(3, 32, 32))
+
+    The method's tricks are applied to the model: weights are tied, activations put in place of its ReLUs, and the
+    optimizer holds what is new in place of what is gone.
+
+    Args:
+        kind: class of the host.
+        method: name of a method with `+trick`s, as `train --method` takes it.
+        steps: optimizer steps of the whole run, which update frequencies and cycles are scaled to.
+        density: active share of the maskable weights, in (0, 1]; None: 1 for `dense`, else 0.001.
+        input_shape: of one input without the batch; for `connected` starts and DyReLU.
+        epochs: parts of the run in which `lr_drops` and EAST's lengths are counted; 1 counts them as shares of it.
+        seed: of everything random in the host.
+        settings: any other flag of `train` that concerns the method, such as `death_rate=0.3`,
+            `east_cyclic_length=50` or `growth_tau=0.1`.
+
+    Raises `UsageError` for what cannot be; model and optimizer are unchanged then.
+    """
+    if epochs < 1 or steps < epochs:
+        raise UsageError(f"`steps` {steps} and `epochs` {epochs}: allowed is at least one step an epoch")
+    asked = sources.from_flags({"method": method, "density": density, "epochs": epochs, "seed": seed, **settings})
+    resolved = asked.resolve(steps // epochs)
+    if resolved.dctps:
+        raise UsageError("`dctps`: convert the model before its optimizer is made, with east_plugins.convert(model)")
+    network = unwrap(model)
+    phased = activations(resolved, network, input_shape) if resolved.east.dyrelu else None
+    if resolved.east.share:
+        try:
+            share(network, resolved.east.share_from, optimizer, resolved.east.share_scale)
+        except UsageError:
+            if phased is not None:
+                phased.remove()
+            raise
+    if phased is not None:
+        phased.join(optimizer)
+    return hosted(kind, resolved, model, optimizer, input_shape, [phased] if phased is not None else [])
+
+
+def hosted(
+    kind: type[Masking],
+    resolved: Resolved,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    input_shape: Sequence[int] | None,
+    plugins: Sequence[HostPlugin] = (),
+) -> Masking:
+    """The host that resolved options describe, over a model and optimizer whose tricks are applied."""
+    host = kind(
+        optimizer,
+        death_rate=resolved.death_rate,
+        death_rate_decay=resolved.rate_decay(),
+        death_mode=resolved.death,
+        growth_mode=resolved.growth,
+        redistribution_mode=resolved.redistribution,
+        schedule=resolved.schedule(),
+        prune_scope=resolved.prune_scope,
+        prune_rounding=resolved.prune_rounding,
+        keep_connected=resolved.keep_connected,
+        seed=resolved.seed,
+        plugins=plugins,
+        options={slot.kind: slot.values(resolved.plugin_options) for slot in plugged.SLOTS},
+    )
+    host.add_module(
+        model,
+        density=resolved.density,
+        sparse_init=resolved.sparse_init,
+        input_shape=input_shape,
+        weight_init=resolved.weight_init,
+    )
+    return host
+
+
+def activations(resolved: Resolved, model: nn.Module, input_shape: Sequence[int] | None) -> PhasedActivations:
+    """Put the activation of resolved options in place of the model's ReLUs; raises `UsageError` where the run ends
+    before they are phased out."""
+    tricks = resolved.east
+    if input_shape is None:
+        raise UsageError("`east_dyrelu` needs `input_shape`, the shape of one input without the batch")
+    if tricks.dyrelu_end > resolved.epochs:
+        raise UsageError(f"`east_dyrelu_end` {tricks.dyrelu_end:g} lies after the last of {resolved.epochs} epochs")
+    make = factory(tricks.dyrelu_type, reduction=tricks.dyrelu_reduction, **resolved.options_of("east_dyrelu_type"))
+    return attach(
+        model,
+        make,
+        input_shape,
+        phase_out=tricks.phase_out(resolved.steps_per_epoch),
+        generator=torch.Generator().manual_seed(resolved.seed),
+        blend=tricks.dyrelu_blend,
+        late=tricks.dyrelu_late,
+    )

@@ -1,0 +1,145 @@
+"""Topology updates of a host: how many weights each layer is to have, and how they get there."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import UsageError
+from ..ops.select import fetch
+from ..plugins.allocation.connected import reconnect
+from ..plugins.protocols import Layer
+from . import topology
+from .binding import bound
+from .budgets import Allocation, blocks
+from .layers import MaskedWeight
+from .stepping import Stepping
+
+Spec = str | Callable
+
+#: What makes a whole number of the share of a layer that is replaced.
+ROUNDINGS: dict[str, Callable[[float], int]] = {"floor": int, "ceil": math.ceil}
+
+
+class RuleSet:
+    """The three rules of a host, found by what it was given for them.
+
+    Attributes:
+        names: of the growth, prune and redistribution rule.
+        needs: what they read of a layer beside weight and mask: "grad", "momentum".
+    """
+
+    def __init__(
+        self,
+        growth: Spec,
+        prune: Spec,
+        redistribution: Spec,
+        scope: str,
+        rounding: str,
+        host: Any,
+        options: Mapping[str, Mapping[str, Any]],
+    ):
+        if scope not in ("local", "global"):
+            raise UsageError(f"`prune_scope` must be local or global, got {scope!r}")
+        if rounding not in ROUNDINGS:
+            raise UsageError(f"`prune_rounding` must be one of {', '.join(ROUNDINGS)}, got {rounding!r}")
+        grower, grow, needs = bound("growth", growth, host, options.get("growth"))
+        pruner, drop, more = bound("pruning", prune, host, options.get("pruning"))
+        sharer, share = "none", None
+        self.names, self.needs = (grower, pruner, sharer), needs | more
+        if redistribution != "none":
+            sharer, share, more = bound("redistribution", redistribution, host, options.get("redistribution"))
+            self.names, self.needs = (grower, pruner, sharer), self.needs | more
+        self.rules = topology.Rules(grow, drop, share, scope, ROUNDINGS[rounding])
+
+
+class Updates:
+    """Prunes and grows the weights of one model.
+
+    Attributes:
+        size: weights of the unshared network.
+        final: active weights at the target density, over all layers.
+        allocation: how they are shared out.
+    """
+
+    def __init__(
+        self,
+        records: Mapping[str, MaskedWeight],
+        allocation: Allocation,
+        size: int,
+        final: int,
+        generator: torch.Generator,
+        connected: tuple[nn.Module, Sequence[int]] | None = None,
+    ):
+        """`connected`: the model and an input's shape, where weights are to be kept on paths."""
+        self.records, self.allocation, self.size, self.final = records, allocation, size, final
+        self.generator, self.connected = generator, connected
+
+    def budgets(self, density: float, total: int) -> dict[str, int]:
+        """Active weights of every block, `total` over all, which `density` is as a whole number."""
+        return self.allocation.budgets(blocks(self.records), density * self.size, total)
+
+    def budgets_at(self, schedule: Any, step: int) -> dict[str, int]:
+        """Active weights of every block that a density schedule asks for at a step."""
+        room = sum(record.weight.numel() for record in self.records.values())
+        return self.budgets(schedule.density(step), wanted(schedule, step, self.final, room))
+
+    def forget(self, name: str) -> None:
+        """Take a layer's budget out of the total: it is going to be removed."""
+        record, budgets = self.records[name], self.budgets(self.final / self.size, self.final)
+        self.size -= record.uses * record.weight.numel()
+        self.final -= sum(budgets[key] for key in self.records[name].keys)
+
+    @torch.no_grad()
+    def update(self, rules: RuleSet, budgets: Mapping[str, int], rate: float, stepping: Stepping) -> None:
+        """One update to `budgets` active weights of each block; a share `rate` of those that remain is replaced."""
+        stepping.mask_what_others_wrote()
+        records = list(self.records.values())
+        before = [record.active for record in records]
+        masks = {record.name: record.mask.clone() for record in records} if self.connected else {}
+        changes = self._changes(rules.needs, budgets, rate)
+        topology.update([change for parts in changes for change in parts], rules.rules, self.generator)
+        if self.connected:
+            self._reconnect(rules.rules, [change.layer for parts in changes for change in parts], masks)
+        gone = [~record.mask.view(-1)[active.flat] for record, active in zip(records, before, strict=True)]
+        numbers = fetch([each.sum().view(1) for each in gone])
+        for record, parts, active, dropped, n in zip(records, changes, before, gone, numbers, strict=True):
+            record.count, record.dropped = sum(change.count for change in parts), int(n)
+            record.fired |= record.mask
+            for tensor in (record.weight.detach(), *stepping.all_states(record.weight)):
+                active.drop(tensor, dropped)
+            stepping.packed.move(record.weight, record.active)
+        stepping.masked.follow({record.name: record.mask for record in records})
+        stepping.left(updated=True)
+
+    def _changes(self, needs: set[str], budgets: Mapping[str, int], rate: float) -> list[list[topology.Change]]:
+        """What an update is to do with the blocks of every weight. Those that get no gradient stay, as far as the
+        density lets them."""
+        some = bool(needs) and any(record.weight.grad is not None for record in self.records.values())
+        changes = []
+        for record in self.records.values():
+            seen = record.seen(self.generator, needs, some)
+            still = not record.weight.requires_grad or (some and record.weight.grad is None)
+            parts = zip(record.keys, seen, record.places(), strict=True)
+            changes.append([topology.Change(each, at, budgets[key], 0.0 if still else rate) for key, each, at in parts])
+        return changes
+
+    def _reconnect(self, rules: topology.Rules, seen: Sequence[Layer], before: Mapping[str, Tensor]) -> None:
+        """Bring what an update left off path back onto paths, by importance and by growth score."""
+        assert self.connected is not None
+        model, shape = self.connected
+        scores = {}
+        for layer in seen:
+            known = layer.mask | before[layer.name]
+            scores[layer.name] = torch.where(known, rules.prune(layer, 0), rules.grow(layer, 0))
+        masks = {record.name: record.mask for record in self.records.values()}
+        reconnect(model, masks, before, scores, shape, self.generator)
+
+
+def wanted(schedule: Any, step: int, final: int, room: int) -> int:
+    """Active weights at a step, from those at the schedule's target and what there is room for."""
+    return min(round(final * (schedule.density(step) / schedule.target)), room)

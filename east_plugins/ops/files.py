@@ -1,0 +1,96 @@
+"""Files on disk: written so that a crash never leaves half of one."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..errors import UsageError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+@contextlib.contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A file beside `path`, of the same suffix, to write to; at the end of the block it takes `path`'s place, with its
+    permissions, and is on disk by then. Where the block raises, it is gone and `path` is as it was."""
+    unfinished = path.with_name(f".{path.stem}.{os.getpid()}.part{path.suffix}")
+    try:
+        yield unfinished
+        if path.exists():
+            os.chmod(unfinished, path.stat().st_mode)
+        _sync(unfinished)
+        os.replace(unfinished, path)
+    except BaseException:
+        unfinished.unlink(missing_ok=True)
+        raise
+    _sync(path.parent)
+
+
+def _sync(path: Path) -> None:
+    """Wait until a file, or a folder's list of files, is on disk; some systems cannot open folders."""
+    try:
+        number = os.open(path, os.O_RDONLY)
+    except OSError:
+        if path.is_dir():
+            return
+        raise
+    try:
+        os.fsync(number)
+    except OSError:
+        if not path.is_dir():
+            raise
+    finally:
+        os.close(number)
+
+
+def write_atomically(path: Path, content: bytes | str) -> None:
+    """Write a file so that it is there complete or not at all."""
+    with replacing(path) as unfinished:
+        unfinished.write_bytes(content.encode() if isinstance(content, str) else content)
+
+
+def save_checkpoint(path: Path, state: Mapping[str, Any]) -> None:
+    """`torch.save`, complete or not at all."""
+    import torch  # what only writes text does not wait for it
+
+    with replacing(path) as unfinished:
+        torch.save(state, unfinished)
+
+
+def check_folder(out: Path) -> None:
+    """Raises `UsageError` where `out` is no folder to write in and cannot be made one; makes nothing."""
+    try:
+        out.exists()
+    except OSError as error:  # such as a name too long
+        raise UsageError(f"`out` {out} cannot be made: {error.strerror}") from error
+    place = next((place for place in (out, *out.parents) if os.path.exists(place)), Path())
+    if not place.is_dir():
+        raise UsageError(f"`out` {out} cannot be made: {place} is a file")
+    if not os.access(place, os.W_OK | os.X_OK):
+        raise UsageError(f"`out` {out} cannot be made: {place} cannot be written to")
+
+
+def make_folder(out: Path) -> None:
+    """Make the folder `out` and its parents; raises `UsageError` where that fails."""
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UsageError(f"`out` {out} cannot be made: {error.strerror}") from error
+
+
+def digest(tensors: Mapping[str, Tensor]) -> str:
+    """SHA-256 over names, shapes and bytes of tensors, in the order of their names."""
+    import torch
+
+    sha = hashlib.sha256()
+    for name in sorted(tensors):
+        tensor = tensors[name].detach().cpu().contiguous()
+        sha.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        sha.update(tensor.flatten().view(torch.uint8).numpy().tobytes())
+    return sha.hexdigest()

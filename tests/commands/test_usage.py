@@ -1,0 +1,67 @@
+"""What commands say of themselves, and how they end when nobody listens."""
+
+import re
+import subprocess
+import sys
+
+import pytest
+
+from east_plugins.__main__ import main
+
+COMMANDS = [
+    "analyze",
+    "export",
+    "info",
+    "experiment",
+    *(f"bench {what}" for what in ("step", "sweep", "update", "inference", "gpu", "startup")),
+]
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_names_the_command_as_it_was_called_and_ends_with_two_examples(command, capsys, monkeypatch):
+    for called, name in (("/usr/bin/east", "east"), ("__main__.py", "python -m east_plugins")):
+        monkeypatch.setattr(sys, "argv", [called])
+        with pytest.raises(SystemExit):
+            main([*command.split(), "--help"])
+        said = capsys.readouterr().out
+        assert said.startswith(f"usage: {name} {command} ")
+        examples = said[said.index("examples:") :].splitlines()[1:]
+        assert len(examples) == 2 and all(line.startswith(f"  {name} {command} ") for line in examples)
+
+
+def test_info_says_the_defaults_that_it_uses(capsys):
+    with pytest.raises(SystemExit):
+        main(["info", "--help"])
+    said = " ".join(capsys.readouterr().out.split())
+    assert re.search(r"--method NAME .*?\(default: rigl\)", said) and re.search(
+        r"--data NAME .*?\(default: cifar10\)", said
+    )
+
+
+@pytest.mark.parametrize("words", ["--help", "bench --help", "bench step --help", "info --model help"])
+def test_a_reader_that_has_gone_is_no_error(words):
+    with subprocess.Popen(
+        [sys.executable, "-m", "east_plugins", *words.split()], stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    ) as process:
+        process.stdout.close()
+        assert process.stderr.read() == b"" and process.wait() == 0
+
+
+@pytest.mark.parametrize("data, classes", [("digits", 10), ("cifar100", 100), ("imagenet", 1000)])
+def test_info_counts_the_classes_of_the_data(data, classes, capsys):
+    assert main(["info", *"--model resnet20 --width 4 --image-size 32 --density 0.2 --data".split(), data]) == 0
+    assert re.search(rf"fc.weight +{classes}x16 ", capsys.readouterr().out)
+
+
+def test_info_counts_the_class_folders(tmp_path, capsys):
+    for name in ("cat", "dog", "owl"):
+        (tmp_path / "train" / name).mkdir(parents=True)
+    flags = "--model resnet20 --width 4 --image-size 32 --density 0.2 --data folder --data-dir".split()
+    assert main(["info", *flags, str(tmp_path)]) == 0
+    assert re.search(r"fc.weight +3x16 ", capsys.readouterr().out)
+
+
+def test_bench_tables_have_one_unit_a_column(capsys):
+    assert main("bench update --model cnn --density 0.1 --repeats 1 --threads 1".split()) == 0
+    times, ratios = capsys.readouterr().out.strip().split("\n\n")
+    assert times.startswith("ms, 1 thread ") and ratios.startswith("ratio of medians")
