@@ -20,7 +20,8 @@ def main(argv: Sequence[str]) -> int:
             print(f"  {entry.name:<18} {entry.help}  [{entry.source}]")
             for field in entry.options:
                 flag = f"--{prefixes[kind.kind]}{field.name}".replace("_", "-")
-                print(f"  {'':<18}   {flag}: {field.metadata['help']} (default: {field.default})")
+                default = "" if field.default is None else f" (default: {field.default})"
+                print(f"  {'':<18}   {flag}: {field.metadata['help']}{default}")
     for title, presets in (("method", methods.METHODS), ("trick (+NAME behind a method)", methods.TRICKS)):
         print(f"{title}:")
         for name, preset in presets.items():

@@ -79,6 +79,7 @@ class Config:
     death_rate: float | None = option(
         None, "share of the active weights replaced in an update (default: 0.5)", type=float
     )
+    fix: bool = option(False, "the topology is never updated, as with ITOP's flag of that name")
     decay_schedule: str = option("cosine", "decay of the death rate: cosine, linear or constant")
     update_frequency: int | None = option(
         None, "steps between topology updates (default: SET 1500, RigL and EAST 4000 of 250 epochs' steps)", type=int
@@ -163,8 +164,11 @@ class Config:
     def _check_method(self) -> None:
         preset, schedule = self.preset, self.chosen().get("density_schedule", "constant")
         cyclic = preset.settings.get("east_cyclic") if self.east.cyclic is None else self.east.cyclic
-        if preset.static and self.update_frequency is not None:
-            raise UsageError(f"`method` {self.method} has no topology updates: `update_frequency` needs one that has")
+        if (preset.static or self.fix) and self.update_frequency is not None:
+            still = "`fix`" if self.fix else f"`method` {self.method}"
+            raise UsageError(f"{still} has no topology updates: `update_frequency` needs a run that has")
+        if self.fix and (cyclic or schedule != "constant"):
+            raise UsageError("`fix` keeps the topology: allowed is a constant density")
         if cyclic and schedule != "constant":
             raise UsageError(
                 f"`method` {self.method}: `east_cyclic` and `density_schedule` {schedule} both set the density over "
@@ -255,7 +259,7 @@ class Config:
             "lr": 0.001 if adam else 0.1,
             "lr_drops": [self.epochs * drop for drop in drops],
         }
-        if preset.update is not None:
+        if preset.update is not None and not self.fix:
             defaults["update_frequency"] = scaled_steps(preset.update, total)
         asked = {name: value for name, value in vars(self).items() if value is not None}
         fields = {field.name for field in dataclasses.fields(self)}
@@ -322,7 +326,7 @@ class Resolved(Config):
     @property
     def static(self) -> bool:
         """Whether the topology is never updated."""
-        return self.preset.static
+        return self.preset.static or self.fix
 
     @property
     def label(self) -> str:

@@ -159,6 +159,7 @@ def label(name: str, values: Mapping[str, Any]) -> str:
     own = preset(name, values.get("dctps")).settings
     extra = [trick for setting, trick in SWITCHES.items() if values.get(setting) and not own.get(setting)]
     changed = {key: values[key] for key in own if key in values and values[key] != own[key]}
+    changed |= {"fix": True} if values.get("fix") and not preset(name).static else {}
     shown = ",".join(f"{key.removeprefix('east_')}={_plain(value)}" for key, value in changed.items())
     return "+".join([name, *extra]) + (f"[{shown}]" if shown else "")
 

@@ -15,7 +15,19 @@ from .east import EastOptions
 _FIELDS = {field.name for field in dataclasses.fields(Config)} - {"east", "plugin_options"}
 _EAST = {f"east_{field.name}" for field in dataclasses.fields(EastOptions)}
 #: Parameters of `train`, `compare`, what is exported and what is measured that are flags as well.
-_OTHERS = {"out", "resume", "download", "methods", "sparsities", "seeds", "name", "classes", "channels", "latency"}
+_OTHERS = {
+    "out",
+    "multiplier",
+    "resume",
+    "download",
+    "methods",
+    "sparsities",
+    "seeds",
+    "name",
+    "classes",
+    "channels",
+    "latency",
+}
 _OTHERS |= {"densities", "itop", "sparseprop", "plot"}
 _SPOKEN = _FIELDS | _EAST | _OTHERS
 _SWITCHES = tuple(f"east_{name}" for name in east.SWITCHES)
@@ -35,6 +47,11 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
         "--initial-density", dest="density_schedule_initial", type=float, default=argparse.SUPPRESS, metavar="X",
         help="density that gradual and one-shot begin at, the same as --density-schedule-initial",
     )  # fmt: skip
+    itop = parser.add_argument_group("ITOP's own, for what they mean there")
+    itop.add_argument("--sparse", action="store_true", default=argparse.SUPPRESS, help="train sparse, as always here")
+    itop.add_argument(
+        "--multiplier", type=int, default=argparse.SUPPRESS, metavar="N", help="so many times the epochs (default: 1)"
+    )
     east.add_flags(parser)
 
 
@@ -75,6 +92,11 @@ def from_flags(given: Mapping[str, Any], method: str = Config.method, data: str 
             file = {name: value for name, value in file.items() if value is not False or name not in _SWITCHES}
         given = {**file, **given}
     given = {"method": method, "data": data, **given}
+    given.pop("sparse", None)
+    if (times := given.pop("multiplier", 1)) < 1:
+        raise UsageError(f"`multiplier` must be at least 1, got {times}")
+    if times > 1:
+        given["epochs"] = times * given.get("epochs", Config.epochs)
     plain = {name: given[name] for name in _FIELDS if name in given}
     options = {name: v for name, v in given.items() if name not in _FIELDS | _EAST and plugged.slot_of(name)}
     told = east.told(given)

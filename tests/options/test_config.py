@@ -272,3 +272,17 @@ def test_the_files_for_cifar_leave_the_start_to_the_method():
     for path in configs.glob("cifar*.yaml"):
         assert parse(f"--config {path} --method rigl+connected").resolve(352).sparse_init == "connected"
         assert parse(f"--config {path} --method rigl").resolve(352).sparse_init == "ERK"
+
+
+def test_itops_own_flags_mean_what_they_mean_there():
+    plain, itop = parse("--method rigl --epochs 10", 50), parse("--sparse --method rigl --epochs 5 --multiplier 2", 50)
+    assert itop == plain and itop.lr_drops == [5.0, 7.5]
+    fixed = parse("--method rigl --fix", 50)
+    assert not any(fixed.schedule().due(step) for step in range(1, 12_500)) and fixed.label == "rigl[fix=True]"
+    assert parse("--method static --fix", 50).label == "static"
+
+
+@pytest.mark.parametrize("line", ["--multiplier 0", "--method rigl --fix --update-frequency 3", "--method east --fix"])
+def test_what_itops_flags_cannot_is_refused(line):
+    with pytest.raises(UsageError, match="--(multiplier|fix)"):
+        parse(line, 50)

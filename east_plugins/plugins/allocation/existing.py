@@ -43,7 +43,7 @@ def resume(
     ))  # fmt: skip
     if found != total:
         raise UsageError(
-            f"--sparse-init resume: {found} of the model's {size} weights are nonzero, and the density asks for "
+            f"`sparse_init` resume: {found} of the model's {size} weights are nonzero, and the density asks for "
             f"{total}; give density={found / size!r}"
         )
     return masks

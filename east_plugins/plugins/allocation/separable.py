@@ -85,7 +85,8 @@ def separable(
 def _roles(
     model: nn.Module, wiring: Wiring, shapes: Mapping[str, Sequence[int]], input_shape: Sequence[int]
 ) -> dict[str, str]:
-    where, roles = places(model, shapes, input_shape), dict[str, str]()
+    where = places(model, shapes, input_shape)
+    roles: dict[str, str] = {}
     for name, wires in wiring.layers.items():
         taps = torch.Size(shapes[name][2:]).numel()
         before = {roles[other] for other in roles if torch.isin(wiring.layers[other].targets, wires.sources).any()}
