@@ -18,18 +18,16 @@ from torch.utils._pytree import tree_leaves
 from ..errors import UsageError
 from ..host.masking import Masking
 from ..host.packed import Copies
-from ..ops import distributed
 from ..ops.active import Active
 from ..ops.marks import PluginModule
 from ..ops.maskable import layers, maskable, unwrap
 from ..ops.substitute import spared_buffers
 from ..ops.swap import restore, swap
-from ..plugins.transform.sharing import scale_of
-from . import kernel
 from .check import Check, unseen
 from .copies import CompiledCopies
 from .gradient import GradientPlan, gradient_plans
-from .layers import PLAIN, LayerPlan, NormPlan, Planned, Sink, Slot, in_backward
+from .layers import LayerPlan, NormPlan, Planned, Sink, Slot, in_backward
+from .limits import obstacle
 from .liveness import Liveness
 
 logger = logging.getLogger(__name__)
@@ -74,7 +72,7 @@ class Engine:
             raise UsageError(f"`engine` must be one of {', '.join(ENGINES)}, got {engine!r}")
         self.host, self.input_shape, self.choice = host, tuple(input_shape), engine
         self.model = unwrap(host.modules[0])
-        self.reason = "it was asked for" if engine == "dense" else _cannot(host, self.model)
+        self.reason = "it was asked for" if engine == "dense" else obstacle(host, self.model)
         self._slots: dict[nn.Module, Slot] = {}
         self._sinks: dict[str, Sink] = {}
         self._plans: Plans | None = None
@@ -414,25 +412,6 @@ class _Hook:
 
     def __reduce__(self):
         return _Hook, ()
-
-
-def _cannot(host: Masking, model: nn.Module) -> str | None:
-    """Why an engine cannot compute this model for this host."""
-    if "momentum" in host.needs:
-        return (
-            "a rule needs the dense gradient at every step "
-            f"(growth_mode={host.growth_mode!r}, redistribution_mode={host.redistribution_mode!r}); "
-            "choose growth_mode 'gradient', 'random' or 'random_unfired' and redistribution_mode 'none'"
-        )
-    if distributed.active():
-        return "DistributedDataParallel reduces dense gradients"
-    for name, module in layers(model):
-        plain = type(module).forward in PLAIN or scale_of(module) is not None
-        if module.weight.dtype not in kernel.REAL:
-            return f"layer {name} is of {module.weight.dtype}, and not of float32 or float64"
-        if not plain or "weight" not in module._parameters:
-            return f"layer {name} ({type(module).__name__}) computes with its weight in its own way"
-    return None
 
 
 def _is_norm(module: nn.Module) -> bool:
