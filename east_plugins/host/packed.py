@@ -38,7 +38,7 @@ class Copies:
         for active, tensor, part in zip(self.sets, tensors, values.split(self.sizes), strict=True):
             if isinstance(active, All):
                 whole.append(tensor)
-                parts.append(part.view(active.shape))
+                parts.append(part if len(active.shape) == 1 else part.view(active.shape))
             else:
                 active.put(tensor, part)
         if whole:
