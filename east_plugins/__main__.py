@@ -47,7 +47,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _run(argv: list[str]) -> int:
     if not argv or argv[0] in ("-h", "--help"):
-        print(f"usage: {program()} COMMAND [flags]   (COMMAND --help lists its flags)\n")
+        print(f"usage: {program()} COMMAND [flags]   (COMMAND --help lists its flags; --version)\n")
         print("\n".join(f"  {name:<10} {help}" for name, help in COMMANDS.items()))
         print(f"\nexamples:\n  {program()} train --method rigl+connected --out runs/a\n  {program()} analyze runs/a")
         return 0 if argv else 2

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
@@ -31,6 +32,8 @@ def main(argv: Sequence[str]) -> int:
     group.add_argument("--jobs", type=int, default=1, metavar="N", help="runs at a time (default: 1)")
     group.add_argument("--out", required=True, type=flags.folder, metavar="DIR", help="folder of runs, table and plot")
     sources.add_flags(parser)
+    for name in ("--method", "--density", "--seed"):  # in the plural here
+        flags.option_strings(parser)[name].help = argparse.SUPPRESS
     given = vars(parser.parse_args(argv))
     methods, sparsities, seeds, workers, out = (
         given.pop(name) for name in ("methods", "sparsities", "seeds", "jobs", "out")

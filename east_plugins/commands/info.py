@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from ..ops import text
-from ..options import sources
+from ..options import flags, sources
 from .parsing import parser
 
 DEFAULTS = {"method": "rigl", "data": "cifar10"}  # where train has others
@@ -29,9 +29,10 @@ def main(argv: Sequence[str]) -> int:
     parse.add_argument("--latency", action="store_true", help="with --dctps: time inference beside plain layers")
     parse.add_argument("--json", action="store_true", help="one JSON object in place of the table")
     sources.add_flags(parse)
-    for action in parse._actions:  # argparse offers no other way to what it was given
-        if action.dest in DEFAULTS and action.help:
-            action.help = re.sub(r"\(default: .*\)$", f"(default: {DEFAULTS[action.dest]})", action.help)
+    for name in DEFAULTS:
+        action = flags.option_strings(parse)[f"--{name}"]
+        if action.help:
+            action.help = re.sub(r"\(default: .*\)$", f"(default: {DEFAULTS[name]})", action.help)
     given = vars(parse.parse_args(argv))
     classes, channels, timed, as_json = (given.pop(name) for name in ("classes", "channels", "latency", "json"))
     from ..measure.description import describe, latency
