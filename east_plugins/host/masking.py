@@ -312,12 +312,19 @@ class Masking(Books, Pace):
     def gradient_norm(self, of: str = "active", norm_type: float = 2.0) -> Tensor:
         """Norm of all gradients of the model as one vector: `of` the "active" weights (and what is not masked), or of
         "all", as a published script's own clipping counts them. The same with and without a sparse engine."""
-        if of == "all" and self.engine is not None and any(map(self.engine.holds_gradient, self._records)):
+        engine = self.engine
+        dense = {} if engine is None else engine.dense_gradients()
+        if (
+            of == "all"
+            and engine is not None
+            and any(engine.holds_gradient(n) for n in self._records if n not in dense)
+        ):
             raise UsageError(
                 "the norm of all gradients needs dense ones, and the engine gave those of active weights only; "
                 "set mask.reads_dense_gradients = True before the first step"
             )
-        return gradient_norm(unwrap(self._module("gradient_norm")).parameters(), self._records, of, norm_type)
+        model = unwrap(self._module("gradient_norm"))
+        return gradient_norm(model.parameters(), self._records, of, norm_type, dense)
 
     def clip_grad_norm_(self, max_norm: float, of: str = "active", norm_type: float = 2.0) -> Tensor:
         """`torch.nn.utils.clip_grad_norm_` for the model, by `gradient_norm`; returns that norm, before clipping.

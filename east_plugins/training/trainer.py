@@ -128,6 +128,7 @@ class Trainer:
         self.scheduler = torch.optim.lr_scheduler.MultiStepLR(self.optimizer, milestones, gamma=0.1)
         plugins = [] if self.phased is None else [self.phased]
         self.host = presets.hosted(Masking, options, self.model, self.optimizer, shape, plugins)
+        self.host.reads_dense_gradients = options.clip_norm is not None and options.clip_norm_of != "active"
         self.engine = Engine(self.host, shape, "dense" if options.compile else options.engine)
         self.forward = torch.compile(self.model) if options.compile else self.model
         self.generator = torch.Generator().manual_seed(options.seed)

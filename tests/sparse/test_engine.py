@@ -414,3 +414,36 @@ def test_rounding_that_a_norm_blows_up_is_no_disagreement(caplog):
     engine = Engine(host, (3, 16, 16), "sparse")
     model(torch.randn(2, 3, 16, 16))
     assert not engine.dense and "channels" not in caplog.text
+
+
+@pytest.mark.parametrize("of", ["active", "all"])
+def test_clipping_by_either_norm_is_that_of_the_dense_engine(of):
+    """With sharing and DyReLU, 50 steps, 10 updates, float64."""
+    networks = {}
+    for choice in ("dense", "sparse"):
+        torch.manual_seed(0)
+        model = models.build("resnet20", 5, 3, 8, 4).double()
+        optimizer = torch.optim.SGD(model.parameters(), 0.05, momentum=0.9)
+        host = Masking.of(
+            "rigl+connected+share+dyrelu", model, optimizer, density=0.05, steps=50, input_shape=(3, 8, 8),
+            update_frequency=5, lr_drops=[0.9],
+        )  # fmt: skip
+        host.reads_dense_gradients = of == "all"
+        engine = Engine(host, (3, 8, 8), choice)
+        generator, norms = torch.Generator().manual_seed(1), []
+        for _ in range(50):
+            x = torch.randn(16, 3, 8, 8, generator=generator, dtype=torch.float64)
+            y = torch.randint(5, (16,), generator=generator)
+            optimizer.zero_grad()
+            F.cross_entropy(model(x), y).backward()
+            norms.append(float(host.clip_grad_norm_(0.5, of=of)))
+            host.step()
+        assert engine.dense == (choice == "dense")
+        networks[choice] = model.state_dict(), host.masks, norms
+    (weights, masks, norms), (others, other_masks, other_norms) = networks["dense"], networks["sparse"]
+    assert max(norms) > 0.5
+    assert other_norms == pytest.approx(norms, rel=1e-9)
+    for name, mask in masks.items():
+        assert torch.equal(other_masks[name], mask)
+    for name, value in weights.items():
+        torch.testing.assert_close(others[name], value, rtol=1e-9, atol=1e-9)

@@ -428,3 +428,15 @@ def test_a_compiled_network_trains_as_the_plain_one(tmp_path):
         train_run(options, out, quiet=True)
         losses.append([json.loads(line)["loss"] for line in (out / "metrics.jsonl").read_text().splitlines()])
     assert losses[0] == pytest.approx(losses[1], rel=1e-3)
+
+
+@pytest.mark.parametrize("engine", ["sparse", "dense"])
+def test_the_recipe_of_the_authors_code_trains(engine, tmp_path):
+    flags = "--method east --recipe es2 --epochs 8 --east-cyclic-length 2 --east-cyclic-update-frequency 2".split()
+    assert train(tmp_path / "r", *flags, "--engine", engine) == 0
+    summary, lines = runs.read_summary(tmp_path / "r"), runs.read_metrics(tmp_path / "r")
+    assert summary["best_epoch"] == 8 and summary["method"] == "east"
+    config = yaml.safe_load((tmp_path / "r" / "config.yaml").read_text())
+    assert (config["clip-norm"], config["east-cyclic-open"], config["sparse-init"]) == (1.0, True, "ERK-floor")
+    assert lines[-1]["nonzeros"] == summary["nonzeros"] > 0.05 * summary["maskable"]  # nothing closes the cycles
+    assert not any("fc.bias" in name for name in torch.load(tmp_path / "r" / "checkpoint.pt")["best"]["model"])
