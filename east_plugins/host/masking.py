@@ -248,6 +248,7 @@ class Masking(Books, Pace):
         self._count_step()
         if due:
             self._put_off = False
+            self._stepping.left()  # what the step wrote is masked: the update need not do it again
             with self._stepping.dense_gradients():
                 self.truncate_weights()
                 self.print_nonzero_counts()
