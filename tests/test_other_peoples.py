@@ -119,6 +119,17 @@ class Reference:
         self.masks = clones(self.host.masks)
 
 
+def check_beside_reference(host, model, nonzeros):
+    """Trained, the network has `nonzeros` active weights and equals the reference after every step."""
+    reference = Reference(model, host)
+    for step in range(STEPS):
+        backward(model, step)
+        host.step()
+        reference.step(step)
+        check(host, model, nonzeros)
+        assert_same(model, reference.model)
+
+
 # ---------------------------------------------------------------------- weights that somebody else writes
 
 
@@ -430,13 +441,7 @@ def test_frozen_weights_are_left_as_they_are(freeze, growth):
     assert set(host.masks) == matrices
     size = sum(model.get_parameter(name).numel() for name in matrices)
     assert host.theoretical_size == size
-    reference = Reference(model, host)
-    for step in range(STEPS):
-        backward(model, step)
-        host.step()
-        reference.step(step)
-        check(host, model, round(0.2 * size))
-        assert_same(model, reference.model)
+    check_beside_reference(host, model, round(0.2 * size))
     assert all(torch.equal(before[name], model.state_dict()[name]) for name in frozen)
 
 
@@ -545,13 +550,7 @@ def test_spectral_norm_keeps_zeros_where_the_original_has_them(apply):
     host = host_of(model)
     assert name in host.masks and len(host.masks) == 3
     layer = model.get_submodule(name.split(".")[0])
-    reference = Reference(model, host)
-    for step in range(STEPS):
-        backward(model, step)
-        host.step()
-        reference.step(step)
-        check(host, model, round(0.2 * host.theoretical_size))
-        assert_same(model, reference.model)
+    check_beside_reference(host, model, round(0.2 * host.theoretical_size))
     model(batch(0)[0])
     assert torch.equal(layer.weight != 0, model.get_parameter(name) != 0)
 
@@ -671,14 +670,8 @@ def test_matrices_of_other_layers_are_masked_block_by_block(kind, growth):
     counts = {name: [int(part.sum()) for part in host.masks[f"layer.{name}"].chunk(n)] for name, n in blocks.items()}
     assert all(count >= 1 for each in counts.values() for count in each)
     assert all(max(each) - min(each) <= 1 for each in counts.values()), "gates are of one size"
-    reference = Reference(model, host)
     first = clones(host.masks)
-    for step in range(STEPS):
-        backward(model, step)
-        host.step()
-        reference.step(step)
-        check(host, model, round(0.2 * size))
-        assert_same(model, reference.model)
+    check_beside_reference(host, model, round(0.2 * size))
     after = {name: [int(part.sum()) for part in host.masks[f"layer.{name}"].chunk(n)] for name, n in blocks.items()}
     assert after == counts
     assert any(not torch.equal(first[name], mask) for name, mask in host.masks.items())

@@ -2,7 +2,6 @@
 density with our host lent as `sparselearning`, or ends with one line."""
 
 import re
-import sys
 from pathlib import Path
 
 import pytest
@@ -10,6 +9,8 @@ import pytest
 from east_plugins import __main__ as command_line
 
 DENSITY = 0.1
+
+pytestmark = pytest.mark.usefixtures("elsewhere")
 
 SCRIPT = """
 import argparse
@@ -110,16 +111,6 @@ KINDS = {
         "model = network([nn.utils.parametrizations.weight_norm(nn.Conv2d(8, 8, 3))]); train(model, sgd(model))"
     ),
 }
-
-
-@pytest.fixture(autouse=True)
-def _elsewhere(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    before = set(sys.modules)
-    yield
-    for name in set(sys.modules) - before:
-        if name.partition(".")[0] == "sparselearning":
-            del sys.modules[name]
 
 
 @pytest.mark.filterwarnings("ignore:Detected call of .lr_scheduler.step")

@@ -15,15 +15,7 @@ OWN = 3 * 8 * 9 + 2 * 8 * 8 * 9 + 8 * 4  # conv1, two blocks of their own, the c
 SHARED = 2 * 8 * 8 * 9
 TARGET = round(0.1 * (OWN + SHARED))
 
-
-@pytest.fixture(autouse=True)
-def _elsewhere(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    before = set(sys.modules)
-    yield
-    for name in set(sys.modules) - before:
-        if name.partition(".")[0] == "sparselearning":
-            del sys.modules[name]
+pytestmark = pytest.mark.usefixtures("elsewhere")
 
 
 def run(capsys, *arguments):

@@ -30,20 +30,10 @@ DENSITY = 0.08
 TARGETS = {host: round(DENSITY * MASKABLE) for host in HOSTS} | {"rigl": 18 + 6 * 47 + 3}
 
 pytestmark = [
+    pytest.mark.usefixtures("elsewhere"),
     pytest.mark.filterwarnings("ignore:Detected call of .lr_scheduler.step"),
     pytest.mark.filterwarnings("ignore:Seems like .optimizer.step"),
 ]
-
-
-@pytest.fixture(autouse=True)
-def _elsewhere(tmp_path, monkeypatch):
-    """Every test works in a folder of its own, and leaves no module of the script behind."""
-    monkeypatch.chdir(tmp_path)
-    before = set(sys.modules)
-    yield
-    for name in set(sys.modules) - before:
-        if name.partition(".")[0] in ("sparselearning", "others", "east_test_module"):
-            del sys.modules[name]
 
 
 def run(capsys, *arguments, script=SCRIPT):

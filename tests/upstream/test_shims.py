@@ -12,15 +12,9 @@ from east_plugins.upstream import shims
 
 
 @pytest.fixture(autouse=True)
-def _elsewhere(tmp_path, monkeypatch):
-    """Every test in a folder of its own; each switch tells of its use anew."""
-    monkeypatch.chdir(tmp_path)
+def _anew(elsewhere, monkeypatch):
+    """Each switch tells of its use anew."""
     monkeypatch.setattr(shims, "_told", set())
-    before = set(sys.modules)
-    yield
-    for name in set(sys.modules) - before:
-        if name.partition(".")[0] in ("code", "beside"):
-            del sys.modules[name]
 
 
 def run(capsys, lines, *arguments, script="s.py"):
