@@ -57,6 +57,9 @@ def _prepare(wanted, data: Path | None) -> None:
 
     if wanted.part not in experiment.PARTS:
         raise UnknownNameError("part", wanted.part, [*experiment.PARTS, "table"])
+    for name, value in (("--jobs", wanted.jobs), ("--epochs", wanted.epochs)):
+        if value is not None and value < 1:
+            raise UsageError(f"{name} must be at least 1, got {value}")
     if not wanted.tiny and not torch.cuda.is_available():
         raise UsageError("this torch sees no CUDA device; allowed without one is --tiny")
     experiment.jobs(wanted)

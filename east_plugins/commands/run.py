@@ -12,6 +12,7 @@ from ..errors import UsageError
 from ..options import flags
 from ..upstream import launch, runner, shims
 from ..upstream.replacing import replaced
+from .parsing import program
 
 HELP = """Runs SCRIPT as `python SCRIPT` would (with --module as `python -m`): its own arguments, folder and exit code.
 EAST is attached to the host of masks that it builds. Without --east-* flags its results are those of plain python."""
@@ -20,7 +21,7 @@ EAST is attached to the host of masks that it builds. Without --east-* flags its
 def main(argv: Sequence[str]) -> int:
     """Run the script; the exit code is the script's."""
     parser = flags.Parser(
-        prog="python -m east_plugins run",
+        prog=f"{program()} run",
         usage="%(prog)s [--module] SCRIPT [its arguments] [--east-* flags]",
         description=HELP,
         add_help=False,

@@ -49,4 +49,6 @@ def exported(scripted: Scripted, kind: str, name: str = "network") -> Exported:
         return c_file(model, masks, shape, name)
     if kind == "onnx":
         return onnx_file(model, masks, shape)
+    if kind != "safetensors":
+        raise UsageError(f"kind of file {kind!r}; allowed are c, onnx, safetensors")
     return sparse_file(model, masks, {"input_shape": list(shape)}, copy.deepcopy(model))

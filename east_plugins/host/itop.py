@@ -42,7 +42,10 @@ class LinearDecay(CosineDecay):
 
     def __init__(self, death_rate: float, factor: float = 0.99, frequency: int = 600):
         if not (0 <= death_rate <= 1 and 0 < factor <= 1 and frequency >= 1):
-            raise UsageError(f"LinearDecay needs rate and factor in [0, 1], got {death_rate} and {factor}")
+            raise UsageError(
+                "LinearDecay needs a rate in [0, 1], a factor in (0, 1] and a frequency of at least 1, got "
+                f"{death_rate}, {factor} and {frequency}"
+            )
         self._rate = lambda step: death_rate * math.pow(factor, step // frequency)
         self.steps = 0
 

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from ..errors import UsageError
+from ..ops import param_groups
 from ..ops.maskable import unwrap
 from ..options import plugged, sources
 from ..options.config import Resolved
@@ -61,6 +62,8 @@ def of(
     if resolved.dctps:
         raise UsageError("`dctps`: convert the model before its optimizer is made, with east_plugins.convert(model)")
     network = unwrap(model)
+    if resolved.east.share or resolved.east.dyrelu:
+        param_groups.join(optimizer, network, [])  # raises here, before anything is changed
     phased = activations(resolved, network, input_shape) if resolved.east.dyrelu else None
     if resolved.east.share:
         try:

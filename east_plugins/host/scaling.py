@@ -31,6 +31,6 @@ def steps_between(value: Any) -> int | None:
     if value is None:
         return None
     steps = number("update_frequency", value)
-    if steps != int(steps):
+    if not steps.is_integer():
         raise UsageError(f"update_frequency must be a whole number of steps, got {value!r}")
     return int(steps)

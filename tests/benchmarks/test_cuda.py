@@ -80,6 +80,8 @@ def test_checks_end_in_a_table(tmp_path):
         (["--nonsense"], "--nonsense"),
         (["experiment", "resnet99", "--out", "x"], "unknown part 'resnet99'; did you mean resnet"),
         (["experiment", "resnet34-paper", "--tiny", "--out", "x"], "--data must name a folder or archive"),
+        (["experiment", "resnet34-paper", "--tiny", "--out", "x", "--jobs", "0"], "--jobs must be at least 1, got 0"),
+        (["experiment", "resnet34-paper", "--tiny", "--out", "x", "--epochs", "0"], "--epochs must be at least 1"),
         (["experiment", "table", "--out", "x"], "--out"),
     ],
 )

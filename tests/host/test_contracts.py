@@ -348,11 +348,14 @@ def test_cycles_keep_the_updates_that_their_density_needs():
     assert host.nonzeros == round(0.05 * host.theoretical_size)
 
 
-@pytest.mark.parametrize("schedule, steps", [(None, 0), (Constant(0.05, 5), -1), (OneShot(0.05, stop=4), 3)])
+@pytest.mark.parametrize(
+    "schedule, steps",
+    [(None, 0), (Constant(0.05, 5), -1), (OneShot(0.05, stop=4), 3), (None, float("inf")), (None, float("nan"))],
+)
 def test_steps_between_updates_that_cannot_be_are_refused(schedule, steps):
     host = host_of(network(), schedule=schedule, update_frequency=7)
     before = host.prune_every_k_steps
-    with pytest.raises(UsageError, match="at least 1 step|own update steps"):
+    with pytest.raises(UsageError, match="at least 1 step|own update steps|a whole number of steps"):
         host.prune_every_k_steps = steps
     assert host.prune_every_k_steps == before
 

@@ -82,6 +82,18 @@ def test_what_cannot_be_changes_nothing(wrong, words):
     assert [id(p) for p in optimizer.param_groups[0]["params"]] == [id(p) for p in held]
 
 
+@pytest.mark.parametrize("method", ["rigl+share", "rigl+dyrelu", "east"])
+def test_another_models_optimizer_is_refused_before_anything_is_changed(method):
+    model = network()
+    kinds, keys = [type(module) for module in model.modules()], list(model.state_dict())
+    shared = len({id(parameter) for parameter in model.parameters()})
+    with pytest.raises(UsageError, match="the optimizer holds no parameter of the model"):
+        stranger = torch.optim.SGD(network().parameters(), 0.01)
+        Masking.of(method, model, stranger, density=0.1, steps=40, input_shape=SHAPE)
+    assert [type(module) for module in model.modules()] == kinds and list(model.state_dict()) == keys
+    assert len({id(parameter) for parameter in model.parameters()}) == shared
+
+
 def test_sharing_that_finds_no_blocks_leaves_no_activations_behind():
     model = nn.Sequential(nn.Conv2d(1, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(144, 10))
     optimizer = torch.optim.SGD(model.parameters(), 0.01)

@@ -47,6 +47,11 @@ def test_linear_decay_takes_the_arity_of_either_codebase():
     assert decay.get_dr() == decay.get_dr(0.5) == pytest.approx(0.5 * 0.9**2)
 
 
+def test_linear_decay_says_what_it_was_given():
+    with pytest.raises(UsageError, match="a frequency of at least 1, got 0.5, 0.9 and 0"):
+        LinearDecay(0.5, 0.9, 0)
+
+
 @pytest.mark.parametrize("value", [-0.1, 1.1, math.nan])
 def test_rates_out_of_range_are_refused(value):
     with pytest.raises(UsageError, match="`death_rate`"):
