@@ -722,7 +722,7 @@ MASKS = {
 def test_wrapped_models_are_exported_with_their_masks(wrapper, masks, tmp_path):
     model, host, _ = build(Plain, "dense", density=0.1)
     train(model, host, 2)
-    wrapped, given = WRAPPERS[wrapper](model), MASKS[masks](host.masks)
+    given = MASKS[masks](host.masks)
     with torch.no_grad():
         model.stem.weight.fill_(3)  # where it is inactive too
     wrapped = WRAPPERS[wrapper](model)

@@ -725,7 +725,7 @@ def test_matrices_of_no_known_layer_are_told_of_once_with_their_share(model, sha
 
 
 @pytest.mark.parametrize("name", ["vit_b_16", "swin_t"])
-def test_torchvision_transformers_have_all_their_matrices_masked(name, caplog):
+def test_torchvision_transformers_have_all_their_matrices_masked(name):
     with torch.device("meta"):
         model = torchvision.models.get_model(name, num_classes=10)
     from east_plugins.host.choice import choose

@@ -21,14 +21,17 @@ class Books:
 
     Attributes:
         modules: the model, as `add_module` got it; empty before.
-        theoretical_size: number of masked weights of the unshared network.
     """
 
     def __init__(self):
         self.modules: list[nn.Module] = []
-        self.theoretical_size = 0
         self._records: dict[str, MaskedWeight] = {}
         self._frozen: dict[str, nn.Parameter] = {}
+
+    @property
+    def theoretical_size(self) -> int:
+        """Number of masked weights of the unshared network."""
+        return sum(record.uses * record.weight.numel() for record in self._records.values())
 
     @property
     def masks(self) -> MutableMapping[str, Tensor]:
@@ -77,8 +80,7 @@ class Books:
 
         Raises `UsageError` for an unknown one.
         """
-        record = self._records.pop(self._full(name))
-        self.theoretical_size -= record.uses * record.weight.numel()
+        del self._records[self._full(name)]
 
     def remove_weight_partial_name(self, partial_name: str) -> None:
         """Stop masking every weight whose name contains `partial_name`."""

@@ -77,7 +77,7 @@ def choose(
                 chosen[id(weight)] = full, Chosen(weight, blocks, plain=_is_plain(layer) and name == "weight")
     if frozen:
         logger.info("%d frozen weights are left as they are", len(frozen))
-    _tell_dense(model, {key for key in chosen} | excluded, left)
+    _tell_dense(model, chosen.keys() | excluded, left)
     return dict(chosen.values()), frozen
 
 

@@ -172,9 +172,9 @@ class Masking(Books, Pace):
         masks = start.masks(self.generator)
         self.density, self.sparse_init = start.density, sparse_init
         self.schedule, self.input_shape = start.schedule, start.shape
-        self.modules, self.theoretical_size, self._frozen = [module], start.size, start.frozen
+        self.modules, self._frozen = [module], start.frozen
         connected = (start.model, start.shape) if self.keep_connected and start.shape is not None else None
-        self._built = Updates(self._records, start.allocation, start.size, start.final, self.generator, connected)
+        self._built = Updates(self._records, start.allocation, start.final, self.generator, connected)
         for name, each in start.chosen.items():
             self._records[name] = MaskedWeight(name, each.weight, masks[name], each.blocks, each.uses)
         if weight_init == "sparse-fan-in":

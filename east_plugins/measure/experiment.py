@@ -173,7 +173,8 @@ def run(wanted: Wanted, began: float, note: Callable[[str], None]) -> bool:
             time.sleep(0.2)
     finally:
         _stop(running, note)
-    return all(runs.read_summary(job.out) for job in jobs(wanted))
+    done, total = progress(wanted)
+    return done == total
 
 
 def progress(wanted: Wanted) -> tuple[int, int]:

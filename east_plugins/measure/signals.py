@@ -10,7 +10,7 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
 from ..ops.maskable import maskable
-from ..ops.modes import training_mode
+from ..ops.modes import forked_rng, training_mode
 from ..ops.substitute import spared_buffers
 
 _RELU = {F.relu, torch.relu, Tensor.relu, torch.relu_, Tensor.relu_, F.relu_}
@@ -29,8 +29,7 @@ def gradient_norms(
     The pass is one of training: norms use the batch's statistics, and running ones stay as they are.
     """
     weights = {name: weight for name, weight in maskable(model).items() if name in masks}
-    devices = [] if x.device.type == "cpu" else [x.device]
-    with training_mode(model, True), spared_buffers(model), torch.random.fork_rng(devices, device_type=x.device.type):
+    with training_mode(model, True), spared_buffers(model), forked_rng(x.device):
         gradients = torch.autograd.grad(loss(model(x), y), list(weights.values()))
     return {name: float((g * masks[name]).norm()) for name, g in zip(weights, gradients, strict=True)}
 

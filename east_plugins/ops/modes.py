@@ -1,4 +1,4 @@
-"""Modes, for a while: a model's training mode, and PyTorch's function modes."""
+"""Modes, for a while: a model's training mode, PyTorch's random state and its function modes."""
 
 from __future__ import annotations
 
@@ -23,6 +23,11 @@ def training_mode(model: nn.Module, training: bool) -> Iterator[None]:
     finally:
         for module, mode in before.items():
             module.training = mode
+
+
+def forked_rng(device: torch.device) -> contextlib.AbstractContextManager[None]:
+    """Inside, random numbers are drawn on the CPU and on `device`; afterwards PyTorch's generators are as before."""
+    return torch.random.fork_rng([] if device.type == "cpu" else [device], device_type=device.type)
 
 
 def backward(output: Tensor, gradient: Tensor) -> None:

@@ -87,10 +87,7 @@ class EastOptions:
     )  # fmt: skip
 
     def __post_init__(self) -> None:
-        for field in dataclasses.fields(self):
-            value, choices = getattr(self, field.name), field.metadata.get("choices")
-            if choices is not None and value is not None and value not in choices:
-                raise UsageError(f"{flag(field.name)} must be one of {', '.join(choices)}, got {value!r}")
+        flags.check_choices(self, "east_")
         for name, low in (("cyclic_length", 0), ("dyrelu_start", -1), ("dyrelu_end", -1)):
             value = getattr(self, name)
             if value is not None and not low < value < 1e9:

@@ -110,12 +110,13 @@ def add_flag(parser: argparse._ActionsContainer, dest: str, field: dataclasses.F
         option_strings(parser).setdefault("--" + name.removeprefix("--").replace("-", "_"), action)
 
 
-def check_choices(options: Any) -> None:
-    """Raises `UsageError` for a field of a dataclass that is none of the choices which `option` gave it."""
+def check_choices(options: Any, prefix: str = "") -> None:
+    """Raises `UsageError` for a field of a dataclass that is none of the choices which `option` gave it; `prefix` goes
+    before the field's name in the message."""
     for field in dataclasses.fields(options):
         value, choices = getattr(options, field.name), field.metadata.get("choices")
         if choices is not None and value is not None and value not in choices:
-            raise UsageError(f"`{field.name}` must be one of {', '.join(map(str, choices))}, got {value!r}")
+            raise UsageError(f"`{prefix}{field.name}` must be one of {', '.join(map(str, choices))}, got {value!r}")
 
 
 def spoken(message: str, is_setting: Callable[[str], bool]) -> str:

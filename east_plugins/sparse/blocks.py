@@ -69,10 +69,8 @@ class BlockConvolution:
     def __init__(self, taps: TapConvolution, height: int, width: int):
         self.sources = taps.inputs, taps.outputs
         axes = (*zip(taps.kernel_size, taps.stride, taps.padding, taps.dilation, strict=True),)
-        out = [
-            (size + 2 * padding - dilation * (kernel - 1) - 1) // stride + 1
-            for size, (kernel, stride, padding, dilation) in zip((height, width), axes, strict=True)
-        ]
+        geometry = taps.geometry(height, width)
+        out = [geometry.rows.out, geometry.columns.out]
         self.shape = (taps.outputs, *out)
         self.forward = self._forward(taps, axes, (height, width), out)
         self.backward = list(self._backward(taps, axes, (height, width), out))

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
-from ..ops.modes import backward
+from ..ops.modes import backward, forked_rng
 from ..ops.paths import identity
 from ..ops.substitute import substituted
 from .layers import Sink
@@ -104,11 +104,10 @@ class Check:
         buffers = {id(buffer): _copy(buffer, dtype) for buffer in self.model.buffers()}
         sinks: dict[int, Sink] = {}
         apart = None if plans is None else {m: plan.apart(leaves, sinks) for m, plan in plans.items()}
-        device = x.device.type
         with contextlib.ExitStack() as stack:
-            stack.enter_context(torch.random.fork_rng([] if device == "cpu" else [x.device], device_type=device))
+            stack.enter_context(forked_rng(x.device))
             torch.manual_seed(0)
-            stack.enter_context(_exactly(device))
+            stack.enter_context(_exactly(x.device.type))
             stack.enter_context(substituted(self.model, leaves | buffers))
             stack.enter_context(torch.set_grad_enabled(self.model.training or bool(gradients)))
             stack.enter_context(self.forcing(apart))

@@ -66,13 +66,15 @@ class Sink:
     """Where the gradient of a weight's active values goes: the weight's `grad`, a dense tensor that is zero elsewhere.
 
     The tensor is kept between steps, and only its active entries are written, so that no step pays for a dense one.
+    `before` is the sink of the same weight at its former positions.
     """
 
     def __init__(self, weight: Tensor, active: Active, before: Sink | None = None):
         self.weight, self.active = weight, active
         self.buffer: Tensor | None = None
         self.version: int | None = None
-        self.dense: Tensor | None = None  #: the gradient of all weights, where a rule wants it
+        #: The gradient of all weights, where a rule wants it.
+        self.dense: Tensor | None = before.dense if before else None
         if before is not None and before.is_clean():
             self.buffer = before.buffer
             before.active.put(self.buffer, 0)

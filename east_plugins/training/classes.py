@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from ..errors import UsageError
-from .datasets import unpickle
+from .datasets import class_folders, unpickle
 
 COUNTS = {
     "digits": 10, "mnist": 10, "fashionmnist": 10, "cifar10": 10, "cifar100": 100, "tinyimagenet": 200,
@@ -36,7 +36,6 @@ def _found(data: str, data_dir: str | Path | None) -> list[str]:
     try:
         if data == "cifar100":
             return [str(name) for name in unpickle(Path(data_dir, "cifar-100-python", "meta"))["fine_label_names"]]
-        folders = Path(data_dir, _FOLDERS[data]).iterdir()
-        return sorted(path.name for path in folders if path.is_dir() and not path.name.startswith("."))
+        return class_folders(Path(data_dir, _FOLDERS[data]))
     except (OSError, KeyError, UsageError):
         return []

@@ -136,7 +136,7 @@ class _ArrayUnpickler(pickle.Unpickler):
 
 def _folders(train: str, test: str, root: Path, size: int | None) -> Splits:
     """Class folders `train`/<class>/... and `test`/<class>/...; the classes are train's, in sorted order."""
-    classes = _classes(_require(root, Path(train)))
+    classes = class_folders(_require(root, Path(train)))
     parts = [_list(_require(root, Path(part)), classes) for part in (train, test)]
     return _decoded(root, parts, size)
 
@@ -144,20 +144,21 @@ def _folders(train: str, test: str, root: Path, size: int | None) -> Splits:
 def _tinyimagenet(root: Path, size: int | None) -> Splits:
     """The published archive; its labelled `val` images are the test set, as its own test labels are secret."""
     root = _require(root, Path("tiny-imagenet-200"))
-    classes = _classes(_require(root, Path("train")))
+    classes = class_folders(_require(root, Path("train")))
     lines = _require(root, Path("val", "val_annotations.txt")).read_text().splitlines()
     names, labels = zip(*(line.split("\t")[:2] for line in lines), strict=True)
     test = [str(root / "val" / "images" / name) for name in names], [classes.index(label) for label in labels]
     return _decoded(root, [_list(root / "train", classes), test], size)
 
 
-def _classes(folder: Path) -> list[str]:
+def class_folders(folder: Path) -> list[str]:
+    """Names of the classes, in the order of the labels."""
     return sorted(d.name for d in folder.iterdir() if d.is_dir() and not d.name.startswith("."))
 
 
 def _list(folder: Path, classes: Sequence[str]) -> tuple[list[str], list[int]]:
     """Sorted paths of all images in the class folders of `folder`, and their labels."""
-    if extra := set(_classes(folder)) - set(classes):
+    if extra := set(class_folders(folder)) - set(classes):
         raise UsageError(f"`data_dir`: {folder} has a class that the training images lack: {min(extra)}")
     paths, labels = [], []
     for label, name in enumerate(classes):

@@ -26,7 +26,7 @@ class Progress:
         self.writer = _summary_writer(trainer.out, trainer.epoch + 1)
         if not self.quiet and sys.stderr.isatty() and (tqdm := _tqdm()):
             self.bar = tqdm(
-                total=trainer.total_steps, initial=trainer.host.steps, unit="step", desc=trainer.options.label,
+                total=trainer.options.steps, initial=trainer.host.steps, unit="step", desc=trainer.options.label,
                 smoothing=0.05, dynamic_ncols=True,
             )  # fmt: skip
         return self

@@ -63,9 +63,8 @@ class Adapter:
     """A host's masks, fired weights and step, whichever host it is: read, written and saved in one way.
 
     This base reads hosts that keep float masks by parameter name (`masks`, `modules`, `steps`, `apply_mask`), as
-    the three of the sparse_learning family do. Upstream hosts replace their mask tensors at every update, so none
+    those of the sparse_learning family do. Upstream hosts replace their mask tensors at every update, so none
     is ever kept: `masks` is read anew.
-
     """
 
     #: What messages call the host; an adapter without one is a base of others.

@@ -14,10 +14,9 @@ from torch import nn
 from torch.optim import Optimizer
 
 from ..errors import UsageError
-from ..host.masking import unwrap
 from ..ops import distributed
 from ..ops.counts import apportion
-from ..ops.maskable import maskable, theoretical_size
+from ..ops.maskable import maskable, theoretical_size, unwrap
 from ..ops.swap import swap
 from ..options.east import EastOptions, ResolvedEast
 from ..plugins import activation as activations

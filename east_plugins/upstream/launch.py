@@ -31,8 +31,9 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from ..errors import UsageError
-from ..host.masking import Masking, unwrap
+from ..host.masking import Masking
 from ..ops.files import save_checkpoint
+from ..ops.maskable import unwrap
 from ..options import east, flags
 from ..options.flags import option
 from ..options.sources import spoken
@@ -233,14 +234,14 @@ class Takeover:
             self.attachments.append(attachment)
             self._host_in_sight = True
 
-        def ours(cls, *args, **kwargs):
+        def own(cls, *args, **kwargs):
             given = signature.bind(None, *args, **kwargs)
             given.apply_defaults()
             return hosts.adapter_for(cls).own(dict(list(given.arguments.items())[1:]))
 
         self._undo.enter_context(replaced(cls, "__init__", built))
         if self.run.host == "own" and not issubclass(cls, Masking):
-            self._undo.enter_context(replaced(cls, "__new__", ours, lambda cls, *args, **kwargs: object.__new__(cls)))
+            self._undo.enter_context(replaced(cls, "__new__", own, lambda cls, *args, **kwargs: object.__new__(cls)))
 
     # ------------------------------------------------------------------ the first training step
 

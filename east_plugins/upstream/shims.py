@@ -230,10 +230,10 @@ def _own_data(stack: contextlib.ExitStack, folder: Path) -> None:
     def make(check):
         @functools.wraps(check)
         def exists(path, md5=None):
-            if not check(path, md5) and os.path.isfile(path):
+            there = os.path.isfile(path)
+            if there and not check(path, md5):
                 _tell("local data files are taken as they are, whatever their md5 sum")
-                return True
-            return os.path.isfile(path)
+            return there
 
         return exists
 

@@ -1,6 +1,5 @@
 """`attach`: EAST on a host from a person's own code, and its state, alike for every kind of host."""
 
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -21,10 +20,9 @@ DENSITY = 0.08
 
 
 @pytest.fixture
-def build(monkeypatch):
+def build(elsewhere, monkeypatch):
     """`build(kind)`: model, optimizer and host; the host has its masks."""
     monkeypatch.syspath_prepend(str(SCRIPT))
-    before = set(sys.modules)
 
     def build(kind, masks=True):
         import others
@@ -63,10 +61,7 @@ def build(monkeypatch):
             host.add_module(model, **given)
         return model, optimizer, host
 
-    yield build
-    for name in set(sys.modules) - before:
-        if name.partition(".")[0] in ("sparselearning", "others"):
-            del sys.modules[name]
+    return build
 
 
 def train(model, optimizer, host, steps):
@@ -136,7 +131,7 @@ def test_sharing_is_refused_once_masks_are_made(build, kind):
         attached(build(kind)[2], share=True)
 
 
-def test_a_host_of_an_unknown_version_is_refused_untouched(build):
+def test_a_host_of_an_unknown_version_is_refused_untouched():
     class Masking:
         def __init__(self, optimizer, sparsity):
             self.modules = []

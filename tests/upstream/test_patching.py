@@ -162,7 +162,7 @@ def test_a_folder_inside_a_checkout_is_refused(checkout, capsys, monkeypatch, in
     assert contents(checkout) == before
 
 
-def test_a_repository_inside_another_is_patched(checkout, capsys):
+def test_a_repository_inside_another_is_patched(checkout):
     inner = checkout / "inner"
     (inner / "deep").mkdir(parents=True)
     (inner / ".git").touch()

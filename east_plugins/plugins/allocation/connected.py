@@ -64,7 +64,7 @@ def draw(
     where the budgets allow it. Boolean CPU tensors; the same ones on every device, given the (CPU) generator. The
     model is left as it was. Raises `UsageError` where a layer lies on no path of the dense network.
     """
-    wiring, possible = _structure(model, budgets, input_shape)
+    wiring, possible = structure(model, budgets, input_shape)
     scores = {name: torch.rand(positions.shape, generator=generator) for name, positions in possible.items()}
     for name, positions in possible.items():
         if not positions.any():
@@ -128,7 +128,7 @@ def reconnect(
 
 def _select_anew(model, masks, before, scores, input_shape, generator, names) -> None:
     """Masks of the named layers, and of those that share a newly opened channel with them."""
-    wiring, possible = _structure(model, masks, input_shape)
+    wiring, possible = structure(model, masks, input_shape)
     budgets = {name: int(mask.sum()) for name, mask in masks.items()}
     now, then = (_used(wiring, on_path(model, active, input_shape)) for active in (masks, before))
     used = now | then
@@ -190,7 +190,7 @@ def settle(
             return stray
 
 
-def _structure(model: nn.Module, names: Iterable[str], input_shape: Sequence[int]) -> tuple[Wiring, dict[str, Tensor]]:
+def structure(model: nn.Module, names: Iterable[str], input_shape: Sequence[int]) -> tuple[Wiring, dict[str, Tensor]]:
     """Wiring of the layers, and their positions that lie on a path of the dense network."""
     parameters = dict(model.named_parameters(remove_duplicate=False))
     shapes = {name: parameters[name].shape for name in names}
@@ -260,13 +260,13 @@ def _select(
     i, j = pair // allowed.shape[1], pair % allowed.shape[1]
     source, target = (side.expand(allowed.shape[:2])[i, j] for side in (wires.source, wires.target))
     to_cover, to_fill = rank(positions)
-    to_fill[_cover(source, target, covered, to_cover)[:budget]] = torch.inf
+    to_fill[cover(source, target, covered, to_cover)[:budget]] = torch.inf
     mask = torch.zeros(possible.shape, dtype=torch.bool)
     mask.view(-1)[positions[to_fill.topk(budget, sorted=False).indices]] = True
     return mask
 
 
-def _cover(source: Tensor, target: Tensor, covered: Tensor, rank: Tensor) -> Tensor:
+def cover(source: Tensor, target: Tensor, covered: Tensor, rank: Tensor) -> Tensor:
     """A few of the positions, which read and write every covered channel (0 aside) that any of them reads or
     writes: greedily those of high rank that cover two channels at once, then one for each channel left."""
     unread, unwritten = covered.clone(), covered.clone()

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from ...errors import UsageError
-from ...ops.select import top_k
 from ..registry import allocation
+from .saliency import keep_highest
 
 
 @allocation.register("lottery_ticket", draws=True, keeps_counts=True, needs_weights=True, needs_input=False)
@@ -19,14 +19,8 @@ def magnitude(
 ) -> dict[str, Tensor]:
     """The largest weights of the network as it is, compared over all layers; every layer keeps at least one."""
     sizes = {name: weight.abs().double() for name, weight in _matrices(model, budgets).items()}
-    ranked = [size.flatten() for size in sizes.values()]
-    for score in ranked:
-        score[score.argmax()] = torch.inf
-    flat = torch.cat(ranked)
-    kept = torch.zeros_like(flat, dtype=torch.bool)
-    kept[top_k(flat, sum(budgets.values()), ~kept, generator)] = True
-    parts = kept.split([size.numel() for size in sizes.values()])
-    return {name: part.view_as(size) for (name, size), part in zip(sizes.items(), parts, strict=True)}
+    everywhere = {name: torch.ones_like(size, dtype=torch.bool) for name, size in sizes.items()}
+    return keep_highest(everywhere, list(sizes.values()), sum(budgets.values()), generator)
 
 
 @allocation.register("resume", draws=True, keeps_counts=True, needs_weights=True, needs_input=False)

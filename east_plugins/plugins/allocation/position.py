@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ...ops.channels import Wires, trace
+from ...ops.channels import Wires, Wiring, trace
 from ..registry import allocation
 
 
@@ -42,7 +42,11 @@ def first_blocks(place: Place) -> float:
 
 def places(model: nn.Module, shapes: Mapping[str, Sequence[int]], input_shape: Sequence[int]) -> dict[str, Place]:
     """The place of every layer whose weight has the given name and shape; the model is left as it was."""
-    wiring = trace(model, shapes, input_shape)
+    return placed(trace(model, shapes, input_shape), shapes)
+
+
+def placed(wiring: Wiring, shapes: Mapping[str, Sequence[int]]) -> dict[str, Place]:
+    """The place of every layer of a traced wiring."""
     blocks, beside = _positions(list(wiring.layers.values()), wiring.inputs, wiring.size)
     return {
         name: Place(

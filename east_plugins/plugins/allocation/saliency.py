@@ -41,11 +41,11 @@ def synflow(
         with torch.enable_grad():
             run_with(model, leaves, x, _Products(), backward=True)
         scores = [(leaf * flow).detach() for leaf, flow in zip(leaves.values(), gradients(leaves), strict=True)]
-        masks = _keep(masks, scores, round(size * (total / size) ** (turn / ROUNDS)), generator)
+        masks = keep_highest(masks, scores, round(size * (total / size) ** (turn / ROUNDS)), generator)
     return {name: mask.cpu() for name, mask in masks.items()}
 
 
-def _keep(
+def keep_highest(
     masks: Mapping[str, Tensor], scores: Sequence[Tensor], count: int, generator: torch.Generator
 ) -> dict[str, Tensor]:
     """The `count` active positions with the highest scores over all layers, the best of every layer among them."""

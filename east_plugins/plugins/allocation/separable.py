@@ -15,14 +15,14 @@ import torch
 from torch import Tensor, nn
 
 from ...errors import UsageError
-from ...ops.channels import Wires, Wiring, trace
+from ...ops.channels import Wires, Wiring
 from ...ops.paths import path_positions
 from ...ops.select import top_k
 from ..registry import allocation
-from .connected import _cover, settle
+from .connected import cover, settle, structure
 from .connected import draw as draw_connected
 from .layerwise import budgets as split
-from .position import places
+from .position import placed
 
 FULL, KERNELS, PAIRS, SPARE = "full", "kernels", "pairs", "spare"
 
@@ -59,14 +59,11 @@ def separable(
     with the same number in every layer. Boolean CPU tensors; the model is left as it was. Raises `UsageError` where a
     layer lies on no path of the dense network.
     """
-    parameters = dict(model.named_parameters(remove_duplicate=False))
-    shapes = {name: parameters[name].shape for name in budgets}
-    total = sum(budgets.values())
-    wiring = trace(model, shapes, input_shape)
-    possible = path_positions(model, {n: torch.ones(s, dtype=torch.bool) for n, s in shapes.items()}, input_shape)
+    wiring, possible = structure(model, budgets, input_shape)
+    shapes, total = {name: positions.shape for name, positions in possible.items()}, sum(budgets.values())
     if lost := [name for name, positions in possible.items() if not positions.any()]:
         raise UsageError(f"`sparse_init` separable: layer {lost[0]} lies on no path from input to output")
-    roles = _roles(model, wiring, shapes, input_shape)
+    roles = _roles(wiring, shapes)
     layers = {name: _Layer.of(wiring.layers[name], roles[name], positions) for name, positions in possible.items()}
     pairs = _widest(layers, wiring, total, torch.rand(wiring.size, generator=generator))
     if pairs is None:
@@ -82,10 +79,8 @@ def separable(
     return masks
 
 
-def _roles(
-    model: nn.Module, wiring: Wiring, shapes: Mapping[str, Sequence[int]], input_shape: Sequence[int]
-) -> dict[str, str]:
-    where = places(model, shapes, input_shape)
+def _roles(wiring: Wiring, shapes: Mapping[str, Sequence[int]]) -> dict[str, str]:
+    where = placed(wiring, shapes)
     roles: dict[str, str] = {}
     for name, wires in wiring.layers.items():
         taps = torch.Size(shapes[name][2:]).numel()
@@ -149,7 +144,7 @@ def _matched(source: Tensor, target: Tensor, pairs: Tensor, order: Tensor, every
     at = pairs.flatten().nonzero().flatten()
     source, target = source.reshape(-1)[at], target.reshape(-1)[at]
     rank = order[source] + order[target]
-    picked = _cover(source, target, torch.ones_like(order, dtype=torch.bool), rank) if every else rank.argmax()
+    picked = cover(source, target, torch.ones_like(order, dtype=torch.bool), rank) if every else rank.argmax()
     matched = torch.zeros(pairs.numel(), dtype=torch.bool)
     matched[at[picked]] = True
     return matched.view(pairs.shape)
