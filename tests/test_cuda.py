@@ -4,6 +4,7 @@ import contextlib
 import copy
 import shutil
 import warnings
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,12 +13,15 @@ from torch.nn import functional as F
 
 from east_plugins import Masking
 from east_plugins.host.optimizer_state import state_tensors
+from east_plugins.ops import fusion
+from east_plugins.ops.fusion import fused
 from east_plugins.options.sources import from_flags
-from east_plugins.plugins.activation import factory
+from east_plugins.plugins.activation import dyrelu, factory
 from east_plugins.plugins.activation.phased import PhaseOut, attach
 from east_plugins.plugins.density import Cyclic
 from east_plugins.sparse import Engine
 from east_plugins.training import models, runs
+from east_plugins.training.graphed import GraphedStep
 from east_plugins.training.progress import Progress
 from east_plugins.training.trainer import Interrupted, Trainer, train
 
@@ -311,7 +315,55 @@ def test_masks_follow_a_model_that_is_moved():
     check(host)
 
 
-@pytest.mark.parametrize("flags", [{}, {"amp": True, "channels_last": True}], ids=["plain", "amp"])
+def test_graphed_steps_train_as_eager_ones(deterministic):
+    """Through DyReLU's phases, two updates and a short batch; gradients are where rules and clipping look."""
+    trained = []
+    for graphed in (False, True):
+        model = network(torch.float64)
+        phased = attach(model, factory("dyrelu-b"), (3, 16, 16), phase_out=PhaseOut(6, 12))
+        host = host_of(model, update_frequency=9, plugins=[phased])
+
+        def gradients(x, y, model=model, host=host):
+            host.optimizer.zero_grad()
+            loss = F.cross_entropy(model(x), y)
+            loss.backward()
+            return (loss.detach(),)
+
+        step = GraphedStep(gradients, model.parameters, torch.device(DEVICE)) if graphed else gradients
+        losses = []
+        for i in range(22):
+            x, y = batch(i, torch.float64)
+            x, y = (x[:5], y[:5]) if i in (4, 10) else (x, y)
+            losses.append(float(step(x, y, phased.phase)[0] if graphed else step(x, y)[0]))
+            host.clip_grad_norm_(1.0, of="all")
+            host.step()
+        check(host)
+        trained.append((host, losses))
+    (eager, losses), (other, others) = trained
+    assert others == pytest.approx(losses, rel=1e-9)
+    for name, weight in eager.weights.items():
+        assert torch.equal(eager.masks[name], other.masks[name])
+        torch.testing.assert_close(weight, other.weights[name], rtol=1e-7, atol=1e-10)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_fused_lines_are_no_less_exact_than_single_operations(dtype):
+    draw = torch.Generator().manual_seed(0)
+    x, grad = (torch.randn(8, 16, 12, 12, generator=draw).to(DEVICE, dtype) for _ in range(2))
+    x, grad = (t.contiguous(memory_format=torch.channels_last) for t in (x, grad))
+    lines = [torch.randn(8, 16, 1, 1, generator=draw).to(DEVICE, dtype) for _ in range(4)]
+    for function, given in ((dyrelu._larger, (x, *lines)), (dyrelu._larger_backward, (grad, x, *lines))):
+        with torch.no_grad():
+            exact, plain, fast = function(*(t.double() for t in given)), function(*given), fused(function, *given)
+        for true, one, other in zip(*(r if isinstance(r, tuple) else (r,) for r in (exact, plain, fast)), strict=True):
+            assert other.dtype == dtype and other.shape == one.shape
+            assert (other - true).norm() <= 1.01 * (one - true).norm() + 1e-6 * true.norm()
+    assert not fusion._failed
+
+
+@pytest.mark.parametrize(
+    "flags", [{}, {"amp": True, "channels_last": True}, {"cuda_graph": True}], ids=["plain", "amp", "graph"]
+)
 def test_trainer_resumes_on_cuda(flags, tmp_path):
     pytest.importorskip("sklearn")
     options = from_flags(
@@ -322,7 +374,7 @@ def test_trainer_resumes_on_cuda(flags, tmp_path):
     runs.write_config(trainer.out, trainer.options)
     with Progress(trainer, quiet=True) as progress, pytest.raises(Interrupted):
         for pressed in (False, False, True):
-            trainer.run_epoch({"pressed": pressed}, progress)
+            trainer.run_epoch(SimpleNamespace(pressed=pressed), progress)
     summary = train(options, trainer.out, resume=True, quiet=True)
     assert summary["nonzeros"] == round(0.05 * summary["maskable"])
     assert summary["epochs"] == 5 and summary["peak_memory_mib"] > 0

@@ -187,7 +187,11 @@ def gpu(argv: Sequence[str]) -> int:
     )
     add = parse.add_argument
     add("--tiny", action="store_true", help="small networks, few tests; also without CUDA")
-    add("--compiled", action="store_true", help="only training steps, all networks by torch.compile")
+    only = parse.add_mutually_exclusive_group()
+    parse.set_defaults(how="eager")
+    for how, what in (("compiled", "all networks by torch.compile"), ("graphed", "each as one CUDA graph")):
+        help = f"only training steps, {what}"
+        only.add_argument(f"--{how}", action="store_const", const=how, dest="how", help=help)
     add("--itop", type=Path, metavar="DIR", help="checkout of ITOP, to time its host beside ours")
     add("--out", type=Path, default=Path("runs/cuda"), metavar="DIR", help="folder of the results (default: runs/cuda)")
     args = parse.parse_args(argv)
@@ -200,7 +204,9 @@ def gpu(argv: Sequence[str]) -> int:
         raise UsageError("this torch sees no CUDA device; allowed without one is --tiny")
     if args.itop:
         itop_file(args.itop)
-    wanted = checks.Wanted(args.out.resolve(), args.tiny, args.compiled, args.itop)
+    if args.how == "graphed" and not torch.cuda.is_available():
+        raise UsageError("--graphed: this torch sees no CUDA device, and graphs are CUDA's")
+    wanted = checks.Wanted(args.out.resolve(), args.tiny, args.how, args.itop)
     wanted.out.mkdir(parents=True, exist_ok=True)
     print(checks.as_text(checks.run(wanted, lambda line: print(line, file=sys.stderr, flush=True))))
     print(f"\nJSON: {wanted.file}")

@@ -64,7 +64,7 @@ class _Factor:
 
     def follow(self, mask: Tensor) -> None:
         if self._mask is None or self._mask[0]() is not mask or self._mask[1] != mask._version:
-            self.values.zero_().masked_fill_(mask, 1)
+            self.values.copy_(mask)
             self._mask = TensorWeakRef(mask), mask._version
 
 

@@ -71,6 +71,9 @@ class PackedState:
     def stepping(self, sets: Mapping[nn.Parameter, Active | None]) -> Iterator[None]:
         """Inside, parameters with an active set are parts of a vector; those with None are dense. All of them have
         gradients."""
+        if not (self._states or self._left or any(active is not None for active in sets.values())):
+            yield  # on an accelerator, say: nothing is packed
+            return
         groups = self.optimizer.param_groups
         given: list[Any] = [(id(p), p.grad is None, p.dtype) for group in groups for p in group["params"]]
         given += [self.copies, *map(id, sets), *map(id, sets.values())]

@@ -50,10 +50,10 @@ class RuleSet:
         grower, grow, needs = bound("growth", growth, host, options.get("growth"))
         pruner, drop, more = bound("pruning", prune, host, options.get("pruning"))
         sharer, share = "none", None
-        self.names, self.needs = (grower, pruner, sharer), needs | more
+        most: set[str] = set()
         if redistribution != "none":
-            sharer, share, more = bound("redistribution", redistribution, host, options.get("redistribution"))
-            self.names, self.needs = (grower, pruner, sharer), self.needs | more
+            sharer, share, most = bound("redistribution", redistribution, host, options.get("redistribution"))
+        self.names, self.needs = (grower, pruner, sharer), needs | more | most
         self.rules = topology.Rules(grow, drop, share, scope, ROUNDINGS[rounding])
 
 
@@ -61,7 +61,6 @@ class Updates:
     """Prunes and grows the weights of one model.
 
     Attributes:
-        size: weights of the unshared network.
         final: active weights at the target density, over all layers.
         allocation: how they are shared out.
     """
@@ -70,14 +69,18 @@ class Updates:
         self,
         records: Mapping[str, MaskedWeight],
         allocation: Allocation,
-        size: int,
         final: int,
         generator: torch.Generator,
         connected: tuple[nn.Module, Sequence[int]] | None = None,
     ):
         """`connected`: the model and an input's shape, where weights are to be kept on paths."""
-        self.records, self.allocation, self.size, self.final = records, allocation, size, final
+        self.records, self.allocation, self.final = records, allocation, final
         self.generator, self.connected = generator, connected
+
+    @property
+    def size(self) -> int:
+        """Weights of the unshared network."""
+        return sum(record.uses * record.weight.numel() for record in self.records.values())
 
     def budgets(self, density: float, total: int) -> dict[str, int]:
         """Active weights of every block, `total` over all, which `density` is as a whole number."""
@@ -91,8 +94,7 @@ class Updates:
     def forget(self, name: str) -> None:
         """Take a layer's budget out of the total: it is going to be removed."""
         record, budgets = self.records[name], self.budgets(self.final / self.size, self.final)
-        self.size -= record.uses * record.weight.numel()
-        self.final -= sum(budgets[key] for key in self.records[name].keys)
+        self.final -= sum(budgets[key] for key in record.keys)
 
     @torch.no_grad()
     def update(self, rules: RuleSet, budgets: Mapping[str, int], rate: float, stepping: Stepping) -> None:
@@ -110,8 +112,9 @@ class Updates:
         for record, parts, active, dropped, n in zip(records, changes, before, gone, numbers, strict=True):
             record.count, record.dropped = sum(change.count for change in parts), int(n)
             record.fired |= record.mask
+            off = None if record.weight.is_cpu else ~record.mask  # an accelerator writes all sooner than a few
             for tensor in (record.weight.detach(), *stepping.all_states(record.weight)):
-                active.drop(tensor, dropped)
+                active.drop(tensor, dropped) if off is None else tensor.masked_fill_(off, 0)
             stepping.packed.move(record.weight, record.active)
         stepping.masked.follow({record.name: record.mask for record in records})
         stepping.left(updated=True)

@@ -35,6 +35,7 @@ TINY_TESTS = {"tests of selection": (60, ["tests/ops/test_select.py"])}
 STEPS = {"resnet34": 110, "resnet50": 130}
 UPDATE = ("resnet50", 60)
 COMPILED = {"resnet34": 500}  # most of it compiling
+GRAPHED = {"resnet34": 100, "resnet50": 120}
 #: Most that is allowed, as a multiple of the dense step.
 TARGETS = {
     "ours": 1.03, "ours, engine auto": 1.03, "EAST, DyReLU": 1.35, "EAST, DyReLU fading": 1.35, "EAST, after": 1.03,
@@ -44,18 +45,18 @@ UPDATE_TARGET_MS = 30
 
 @dataclass(frozen=True)
 class Wanted:
-    """tiny: small networks and few tests, also without CUDA. compiled: only training steps, by torch.compile. itop: a
-    checkout whose host is timed too."""
+    """tiny: small networks and few tests, also without CUDA. how: "eager", or only training steps: "compiled" by
+    torch.compile, "graphed" as CUDA graphs. itop: a checkout whose host is timed too."""
 
     out: Path
     tiny: bool = False
-    compiled: bool = False
+    how: str = "eager"
     itop: Path | None = None
 
     @property
     def file(self) -> Path:
         """That results are kept in."""
-        return self.out / ("cuda-compiled.json" if self.compiled else "cuda.json")
+        return self.out / ("cuda.json" if self.how == "eager" else f"cuda-{self.how}.json")
 
 
 def run(wanted: Wanted, note: Callable[[str], None]) -> dict[str, Any]:
@@ -75,13 +76,13 @@ def run(wanted: Wanted, note: Callable[[str], None]) -> dict[str, Any]:
         runs.write_atomically(wanted.file, json.dumps(result, indent=1) + "\n")
         note(f"{result['seconds']:>5.0f} s  {kind}, {what}: {part['state']}")
 
-    parts = COMPILED if wanted.compiled else STEPS
-    if not wanted.compiled:
+    parts = {"eager": STEPS, "compiled": COMPILED, "graphed": GRAPHED}[wanted.how]
+    if wanted.how == "eager":
         model, seconds = ("resnet34" if wanted.tiny else UPDATE[0]), UPDATE[1]
         keep("updates", model, _measured("update", model, left(seconds), wanted))
     for model, seconds in list(parts.items())[: 1 if wanted.tiny else None]:
         keep("steps", model, _measured("steps", model, left(seconds), wanted))
-    if not wanted.compiled:
+    if wanted.how == "eager":
         for title, (seconds, files) in (TINY_TESTS if wanted.tiny else TESTS).items():
             keep("tests", title, _tested(title, left(seconds), files, wanted.out))
     return result
@@ -129,7 +130,7 @@ def _measured(what: str, model: str, seconds: float, wanted: Wanted) -> dict[str
         tiny = dict(width=4, batch_size=2, density=0.05, rounds=1, inner=1)
         tiny["device"] = "cuda" if torch.cuda.is_available() else "cpu"
     itop = str(wanted.itop.resolve()) if wanted.itop and what == "steps" else None
-    setting = gpu.Setting(str(file), model, seconds=seconds * 0.6, itop=itop, compiled=wanted.compiled, **tiny)
+    setting = gpu.Setting(str(file), model, seconds=seconds * 0.6, itop=itop, how=wanted.how, **tiny)
     state = _ended(gpu.command(what, setting), seconds, wanted.out / f"{what}-{model}.txt")
     found = json.loads(file.read_text()) if file.is_file() else {"rows": {}}
     return {"state": state, **found}

@@ -12,11 +12,13 @@ from torch import Tensor
 
 from ..ops.maskable import maskable
 from ..sparse.engine import Engine
+from ..training.graphed import GraphedStep
 from .networks import Network, Subject, with_gradients
 from .published import swap_in_sparseprop
 from .timing import interleaved, medians, report
 
-FASTEST_DENSE = ("masked", "masked, channels-last")
+#: ITOP-style dense masking, and whether channels-last.
+DENSE_MASKED = {"masked": False, "masked, channels-last": True}
 
 
 def step(
@@ -42,7 +44,7 @@ def step(
         runs["sparseprop"] = by_sparseprop(subject, batch_size, sparseprop)
     rows = interleaved(runs, repeats, subject.device)
     median = medians(rows)
-    fastest = min(FASTEST_DENSE, key=lambda name: median[name])
+    fastest = min(DENSE_MASKED, key=lambda name: median[name])
     ratios = {
         "dense_over_sparse": (fastest, "ours, sparse"),
         "dense_over_auto": (fastest, "ours, auto"),
@@ -60,7 +62,7 @@ def step(
 def _candidates(subject: Subject, batch_size: int, growth: str) -> dict[str, Step]:
     masks, plain = subject.drawn, subject.build()
     runs = {"dense, no masks": Step(plain, plain.optimizer.step, batch_size)}
-    for name, channels_last in zip(FASTEST_DENSE, (False, True), strict=True):
+    for name, channels_last in DENSE_MASKED.items():
         runs[name] = dense_masked(subject, batch_size, channels_last)
     for engine in ("sparse", "auto"):
         runs[f"ours, {engine}"] = with_engine(subject, batch_size, growth, engine)
@@ -94,27 +96,36 @@ def _hosts(
 class Step:
     """One training step of a network: forward, backward, and `update`.
 
-    With `autocast`, forward is in bfloat16; with `compiled`, by torch.compile.
+    With `autocast`, forward is in bfloat16; `how` it is computed: "compiled" by torch.compile, "graphed" with backward
+    as one CUDA graph.
     """
 
     def __init__(
         self, network: Network, update: Callable[[], Any], batch_size: int, channels_last: bool = False,
-        autocast: bool = False, compiled: bool = False,
+        autocast: bool = False, how: str = "eager",
     ):  # fmt: skip
         self.model, self.optimizer, self.update = network.model, network.optimizer, update
         self.x, self.labels = network.subject.images(batch_size)
         if channels_last:
             self.x = self.x.contiguous(memory_format=torch.channels_last)
         self.autocast = autocast
-        self.forward: Callable[[Tensor], Tensor] = torch.compile(self.model) if compiled else self.model
+        self.forward: Callable[[Tensor], Tensor] = torch.compile(self.model) if how == "compiled" else self.model
+        self.gradients: Callable[[Tensor, Tensor], Any] = self._gradients
+        if how == "graphed":
+            self.gradients = GraphedStep(self._gradients, self.model.parameters, self.x.device)
 
-    def loss(self) -> Tensor:
-        with torch.autocast(self.x.device.type, torch.bfloat16, enabled=self.autocast):
-            return F.cross_entropy(self.forward(self.x), self.labels)
+    def loss(self, x: Tensor, labels: Tensor) -> Tensor:
+        with torch.autocast(x.device.type, torch.bfloat16, enabled=self.autocast):
+            return F.cross_entropy(self.forward(x), labels)
+
+    def _gradients(self, x: Tensor, labels: Tensor) -> tuple[Tensor]:
+        self.optimizer.zero_grad()
+        loss = self.loss(x, labels)
+        loss.backward()
+        return (loss.detach(),)
 
     def __call__(self) -> None:
-        self.optimizer.zero_grad()
-        self.loss().backward()
+        self.gradients(self.x, self.labels)
         self.update()
 
     def memory(self) -> dict[str, float]:
@@ -129,7 +140,7 @@ class Step:
             return tensor
 
         with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
-            self.loss()
+            self.loss(self.x, self.labels)
         return {
             "optimizer_state": sum(t.numel() * t.element_size() for t in state) / 2**20,
             "kept_for_backward": sum(kept.values()) / 2**20,

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
+import torch
 from torch import nn
 from torch.optim import Optimizer
 
@@ -41,3 +42,15 @@ def leave(optimizer: Optimizer, parameters: Iterable[nn.Parameter]) -> None:
                 group[key] = [group[key][i] for i in kept]
     for parameter in gone:
         optimizer.state.pop(parameter, None)
+
+
+def begin(optimizer: Optimizer, parameters: Iterable[nn.Parameter]) -> None:
+    """Give `parameters`, which are going to have their first gradient, the zero momentum that fused SGD wants where
+    others have theirs (`torch._fused_sgd_` takes buffers of all or of none)."""
+    first = set(parameters)
+    for group in optimizer.param_groups:
+        if isinstance(optimizer, torch.optim.SGD) and group.get("fused") and group["momentum"]:
+            for parameter in first.intersection(group["params"]):
+                state = optimizer.state[parameter]
+                if state.get("momentum_buffer") is None:
+                    state["momentum_buffer"] = torch.zeros_like(parameter, memory_format=torch.preserve_format)

@@ -137,6 +137,9 @@ class Config:
         "sparse repeat bit for bit", choices=["auto", "dense", "sparse"],
     )  # fmt: skip
     compile: bool = option(False, "training passes by torch.compile, dense (--engine dense); needs a C compiler")
+    cuda_graph: bool = option(
+        False, "forward and backward as one CUDA graph, dense (--engine dense): small networks wait for Python else"
+    )
     amp: bool = option(False, "bfloat16 autocast")
     channels_last: bool = option(False, "channels-last memory format")
     east: EastOptions = EastOptions()
@@ -159,6 +162,8 @@ class Config:
             raise UsageError("`clip_norm_of` needs `clip_norm`")
         if self.compile and self.engine == "sparse":
             raise UsageError("`compile` goes with `engine` dense: the sparse engine has compiled kernels of its own")
+        if self.cuda_graph and self.engine == "sparse":
+            raise UsageError("`cuda_graph` goes with `engine` dense: a graph holds the operations of one topology else")
         self._check_method()
 
     def _check_method(self) -> None:

@@ -21,6 +21,7 @@ from ..host.packed import Copies
 from ..ops.active import Active
 from ..ops.marks import PluginModule
 from ..ops.maskable import layers, maskable, unwrap
+from ..ops.modes import forked_rng
 from ..ops.substitute import spared_buffers
 from ..ops.swap import restore, swap
 from .check import Check, unseen
@@ -64,7 +65,7 @@ class Engine:
         host: our host, after `add_module`.
         input_shape: (channels, height, width) of one input.
         engine: "sparse"; "dense", which attaches nothing; or "auto": per batch size and number of active weights
-            whichever of both is faster, measured on this machine.
+            whichever of both is faster, measured on this machine; "dense" on an accelerator.
     """
 
     def __init__(self, host: Masking, input_shape: Sequence[int], engine: str = "auto"):
@@ -73,6 +74,8 @@ class Engine:
         self.host, self.input_shape, self.choice = host, tuple(input_shape), engine
         self.model = unwrap(host.modules[0])
         self.reason = "it was asked for" if engine == "dense" else obstacle(host, self.model)
+        if engine == "auto" and self.reason is None and not all(w.is_cpu for w in host.weights.values()):
+            self.reason = "on an accelerator dense passes are faster; `sparse` is there to be asked for"
         self._slots: dict[nn.Module, Slot] = {}
         self._sinks: dict[str, Sink] = {}
         self._plans: Plans | None = None
@@ -203,7 +206,6 @@ class Engine:
             active = self.host.active(name)
         if before is None or before.active is not active:
             self._sinks[name] = Sink(weight, active, before)
-            self._sinks[name].dense = before.dense if before else None
         return self._sinks[name]
 
     def _choose(self, x: Tensor) -> Plans | None:
@@ -373,7 +375,7 @@ class Engine:
             own = {id(weight): weight for weight in self._weights.values()}
             plans = {module: plan.apart(own, sinks) for module, plan in plans.items()}
         times = []
-        with torch.random.fork_rng([] if x.device.type == "cpu" else [x.device], device_type=x.device.type):
+        with forked_rng(x.device):
             for _ in range(2):
                 with self._borrowed_gradients(), spared_buffers(self.model), self._forcing(plans):
                     began = time.perf_counter()

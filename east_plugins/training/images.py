@@ -202,7 +202,8 @@ def load(
 
     `image_size`: pixels of the (square) images, by default their own (`digits`: 16; `imagenet`: 224).
     `validation`: share of the training images that is set aside: of every class, chosen by `seed`, or with a `split` of
-    "last" the last ones in the data's order, as ITOP and the authors' code of EAST have it.
+    "last" the last ones in the data's order, as ITOP and the authors' code of EAST have it (of every class where they
+    lie class by class).
     `crop_padding`: what random crops find beyond an image's edge, "zero" or "reflect".
     `limit`: keep only so many training images (validation included) and so many test images.
     `download`: get the files first, where torchvision can.
@@ -219,7 +220,7 @@ def load(
     num_classes = int(train[1].max()) + 1
     if limit is not None:
         train, test = _some(train, limit), _some(test, limit)
-    parts = stratified(train[1], validation, seed) if split == "stratified" else _last(len(train[1]), validation)
+    parts = stratified(train[1], validation, seed) if split == "stratified" else _last(train[1], validation)
     kept, held_out = (_take(train, index) for index in parts)
     if len(kept[1]) < 2:
         raise UsageError(f"`data` {name}: {len(kept[1])} images are left for training, needed are at least 2")
@@ -243,10 +244,6 @@ def known_shape(name: str) -> tuple[int, int] | None:
     if name not in SOURCES:
         raise UnknownNameError("`data`", name, SOURCES)
     return SOURCES[name].shape
-
-
-def names() -> list[str]:
-    return list(SOURCES)
 
 
 def _check(name, data_dir, image_size, validation, limit, download) -> None:
@@ -274,10 +271,16 @@ def _some(part: Labelled, limit: int) -> Labelled:
     return _take(part, order[:limit].sort().values)
 
 
-def _last(count: int, share: float) -> tuple[Tensor, Tensor]:
-    """Indices of what is kept, and of the last ones, a share of all."""
-    kept = count - int(share * count)
-    return torch.arange(kept), torch.arange(kept, count)
+def _last(labels: Tensor, share: float) -> tuple[Tensor, Tensor]:
+    """Indices of what is kept, and of the last ones, a share of all; of every class where the data lie class by class,
+    as in class folders."""
+    if bool((labels.diff() >= 0).all()):
+        counts = labels.bincount()
+        left = counts.cumsum(0).repeat_interleave(counts) - torch.arange(len(labels))  # to the end of the class
+        chosen = left <= (share * counts).long().repeat_interleave(counts)
+    else:
+        chosen = torch.arange(len(labels)) >= len(labels) - int(share * len(labels))
+    return (~chosen).nonzero().flatten(), chosen.nonzero().flatten()
 
 
 def _in_memory(

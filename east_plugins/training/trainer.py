@@ -27,6 +27,7 @@ from ..ops.paths import effective_density, on_path
 from ..options.config import Config, Resolved
 from ..sparse import Engine
 from . import runs
+from .graphed import GraphedStep
 from .images import Data
 from .progress import Progress
 
@@ -114,23 +115,22 @@ class Trainer:
         self.out = out
         self.device = runs.device(options.device)
         self.data = (data or runs.load_data(options)).to(self.device)
-        self.steps_per_epoch = self.data.train.steps(options.batch_size)
-        self.options: Resolved = options.resolve(self.steps_per_epoch)
+        self.options: Resolved = options.resolve(self.data.train.steps(options.batch_size))
         options = self.options
-        self.total_steps = options.epochs * self.steps_per_epoch
         self.model = runs.build_model(options, self.data.num_classes, self.data.input_shape).to(self.device)
         if options.channels_last:
             self.model.to(memory_format=torch.channels_last)
         shape = self.data.input_shape
         self.phased = presets.activations(options, self.model, shape) if options.east.dyrelu else None
         self.optimizer = _optimizer(options, self.model)
-        milestones = [round(min(epoch, options.epochs) * self.steps_per_epoch) for epoch in options.lr_drops]
+        milestones = [round(min(epoch, options.epochs) * options.steps_per_epoch) for epoch in options.lr_drops]
         self.scheduler = torch.optim.lr_scheduler.MultiStepLR(self.optimizer, milestones, gamma=0.1)
         plugins = [] if self.phased is None else [self.phased]
         self.host = presets.hosted(Masking, options, self.model, self.optimizer, shape, plugins)
         self.host.reads_dense_gradients = options.clip_norm is not None and options.clip_norm_of != "active"
-        self.engine = Engine(self.host, shape, "dense" if options.compile else options.engine)
+        self.engine = Engine(self.host, shape, "dense" if options.compile or options.cuda_graph else options.engine)
         self.forward = torch.compile(self.model) if options.compile else self.model
+        self.graphed = self._graphed() if options.cuda_graph else None
         self.generator = torch.Generator().manual_seed(options.seed)
         self.epoch, self.step_in_epoch = 0, 0
         self.epoch_generator = self.generator.get_state()
@@ -176,17 +176,30 @@ class Trainer:
             self.save()
         progress.epoch(line)
 
-    def _step(self, x: torch.Tensor, y: torch.Tensor) -> None:
+    def _step(self, x: Tensor, y: Tensor) -> None:
+        if self.graphed is None:
+            loss, correct = self._gradients(x, y)
+        else:
+            loss, correct = self.graphed(x, y, self.phased and self.phased.phase)
+        if self.options.clip_norm is not None:
+            self.host.clip_grad_norm_(self.options.clip_norm, of=self.options.clip_norm_of or "all")
+        self.host.step()
+        self.scheduler.step()
+        self.totals.add(loss, correct, len(y))
+
+    def _graphed(self) -> GraphedStep:
+        if self.device.type != "cuda":
+            raise UsageError(f"`cuda_graph` needs a CUDA device, and `device` is {self.device}")
+        return GraphedStep(self._gradients, self.model.parameters, self.device)
+
+    def _gradients(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean loss of a batch, and how many of its images were classified right; makes the gradients."""
         self.optimizer.zero_grad()
         with self._autocast():
             output = self.forward(x)
             loss = F.cross_entropy(output, y)
         loss.backward()
-        if self.options.clip_norm is not None:
-            self.host.clip_grad_norm_(self.options.clip_norm, of=self.options.clip_norm_of or "all")
-        self.host.step()
-        self.scheduler.step()
-        self.totals.add(loss.detach(), (output.argmax(1) == y).sum(), len(y))
+        return loss.detach(), (output.argmax(1) == y).sum()
 
     def _evaluate(self) -> dict[str, Any]:
         """The epoch's line of `metrics.jsonl`; keeps the network where it is the best so far."""
@@ -206,7 +219,7 @@ class Trainer:
             "itop_rate": self.host.fired_masks_update()[1],
             "layers": layers,  # active weights, and those of them on a path
         }
-        at_target = self.host.nonzeros == self.host.target_nonzeros(self.total_steps) and self.beta == 0
+        at_target = self.host.nonzeros == self.host.target_nonzeros(self.options.steps) and self.beta == 0
         last = self.options.tested == "last"
         if at_target and (self.best is None or last or line["validation_accuracy"] >= self.best["validation_accuracy"]):
             self.best = {

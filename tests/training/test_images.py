@@ -175,6 +175,14 @@ def test_folder_reads_every_image_with_its_class(tmp_path):
     assert (len(folder.validation), folder.num_classes, folder.train.flip) == (0, 2, True)
 
 
+def test_the_last_images_of_class_folders_are_those_of_every_class(tmp_path):
+    write_folders(tmp_path, {"train": {"cat": 4, "dog": 8}, "test": {"cat": 1, "dog": 1}})
+    every = data.load("folder", tmp_path, validation=0)
+    split = data.load("folder", tmp_path, validation=0.25, split="last")
+    assert split.validation.labels.tolist() == [0, 1, 1] and split.train.labels.tolist() == [0] * 3 + [1] * 6
+    assert torch.equal(split.validation.images, every.train.images[[3, 10, 11]])
+
+
 def test_folder_is_decoded_once_and_again_when_its_files_change(tmp_path):
     write_folders(tmp_path, {"train": {"cat": 2, "dog": 2}, "test": {"cat": 1}})
     first = data.load("folder", tmp_path, validation=0)

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from torch.overrides import handle_torch_function, has_torch_function_unary
 
 from ...errors import UsageError
+from ...ops.fusion import fused
 from ..registry import activation
 
 _K = 2  # linear functions of which the maximum is taken
@@ -28,18 +29,25 @@ class _MaxOfLines(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x: Tensor, a1: Tensor, b1: Tensor, a2: Tensor, b2: Tensor) -> Tensor:
         ctx.save_for_backward(x, a1, b1, a2, b2)
-        return torch.maximum(torch.addcmul(b1, a1, x), torch.addcmul(b2, a2, x))
+        return fused(_larger, x, a1, b1, a2, b2)
 
     @staticmethod
     def backward(ctx, grad: Tensor):
-        x, a1, b1, a2, b2 = ctx.saved_tensors
-        a, b = a1 - a2, b1 - b2
-        half = torch.full((), 0.5, dtype=x.dtype, device=x.device)  # where both are equal, as torch.maximum has it
-        first = torch.heaviside(torch.addcmul(b, a, x).detach(), half)
-        one, both = grad * first, grad * x
-        db1, da1 = (t.sum_to_size(a.shape) for t in (one, both * first))
-        db2, da2 = (t.sum_to_size(a.shape) for t in (grad, both))
-        return grad * torch.addcmul(a2, a, first), da1, db1, da2 - da1, db2 - db1
+        return fused(_larger_backward, grad, *ctx.saved_tensors)
+
+
+def _larger(x: Tensor, a1: Tensor, b1: Tensor, a2: Tensor, b2: Tensor) -> Tensor:
+    return torch.maximum(torch.addcmul(b1, a1, x), torch.addcmul(b2, a2, x))
+
+
+def _larger_backward(grad: Tensor, x: Tensor, a1: Tensor, b1: Tensor, a2: Tensor, b2: Tensor) -> tuple[Tensor, ...]:
+    a, b = a1 - a2, b1 - b2
+    half = torch.full((), 0.5, dtype=x.dtype, device=x.device)  # where both are equal, as torch.maximum has it
+    first = torch.heaviside(torch.addcmul(b, a, x).detach(), half)
+    one, both = grad * first, grad * x
+    db1, da1 = (t.sum_to_size(a.shape) for t in (one, both * first))
+    db2, da2 = (t.sum_to_size(a.shape) for t in (grad, both))
+    return grad * torch.addcmul(a2, a, first), da1, db1, da2 - da1, db2 - db1
 
 
 def position_mean(x: Tensor) -> Tensor:

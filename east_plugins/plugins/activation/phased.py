@@ -24,6 +24,7 @@ from torch.overrides import TorchFunctionMode
 from ...errors import NothingMatchedError, UsageError
 from ...ops import param_groups
 from ...ops.marks import PluginModule
+from ...ops.modes import forked_rng
 from ...ops.swap import Swapped, restore, swap
 from .probe import RELU, arguments, relu_calls
 
@@ -260,6 +261,11 @@ class PhasedActivations:
         self.sites = _sites(model)
         self.beta = float(self.sites[0].beta) if self.sites else 0.0
 
+    @property
+    def phase(self) -> str:
+        """ "full", "blend" or "off": which operations the sites do."""
+        return self.sites[0].phase if self.sites else OFF
+
     def parameters(self) -> list[nn.Parameter]:
         return [parameter for site in self.sites for parameter in site.parameters()]
 
@@ -305,8 +311,11 @@ class PhasedActivations:
         beta = self.phase_out.beta(host.steps)
         if beta == 0:
             self.remove(host.optimizer)
-        else:
-            self.set_beta(beta)
+            return
+        before = self.phase
+        self.set_beta(beta)
+        if before == OFF != self.phase:
+            param_groups.begin(host.optimizer, self.parameters())
 
 
 def attach(
@@ -344,7 +353,7 @@ def attach(
     if _sites(model):
         raise UsageError("the model has phased activations (`east_dyrelu`) already")
     like = next(model.parameters(), torch.empty(0))
-    with _forked_rng(like.device):
+    with forked_rng(like.device):
         calls = relu_calls(model, torch.zeros(2, *input_shape, dtype=like.dtype, device=like.device))
         if not calls:
             raise NothingMatchedError(
@@ -371,9 +380,3 @@ def attach(
 
 def _sites(model: nn.Module) -> list[PhasedActivation]:
     return [module for module in model.modules() if isinstance(module, PhasedActivation)]
-
-
-def _forked_rng(device: torch.device):
-    if device.type == "cpu":
-        return torch.random.fork_rng([])
-    return torch.random.fork_rng([device], device_type=device.type)

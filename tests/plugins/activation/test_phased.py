@@ -381,6 +381,22 @@ def test_joining_an_optimizer_that_has_an_lr_scheduler(net, x, optimizer, schedu
     optimizer.load_state_dict(optimizer.state_dict())
 
 
+@pytest.mark.parametrize("fused", [False, True])
+def test_activations_that_start_late_join_an_optimizer_with_momentum(net, x, fused):
+    """`torch._fused_sgd_` takes momentum of all parameters or of none."""
+    phased = attach(net, dyrelu_b, SHAPE, phase_out=PhaseOut(2, 6), late=True)
+    optimizer = torch.optim.SGD(net.parameters(), 0.01, momentum=0.9, fused=fused)
+    host, new = Host(optimizer, phased), phased.parameters()
+    for step in range(4):
+        optimizer.zero_grad()
+        net(x).square().sum().backward()
+        assert all(parameter.grad is None for parameter in new) == (step < 3)
+        expected = [p.detach() - 0.01 * p.grad for p in new if p.grad is not None]  # momentum begins with the gradient
+        host.step()
+    for parameter, each in zip(new, expected, strict=True):
+        torch.testing.assert_close(parameter.detach(), each)
+
+
 def test_joining_an_optimizer_of_another_model_is_refused(net):
     phased = attach(net, dyrelu_b, SHAPE)
     with pytest.raises(UsageError, match="no parameter of the model"):
