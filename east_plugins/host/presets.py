@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from ..errors import UsageError
+from ..errors import NothingMatchedError, UsageError
 from ..ops import param_groups
 from ..ops.maskable import unwrap
 from ..options import plugged, sources
@@ -16,6 +16,7 @@ from ..options.config import Resolved
 from ..plugins.activation import factory
 from ..plugins.activation.phased import PhasedActivations, attach
 from ..plugins.protocols import HostPlugin
+from ..plugins.transform.quiet import quiet_scales, silence
 from ..plugins.transform.sharing import share
 
 if TYPE_CHECKING:
@@ -62,6 +63,7 @@ def of(
     if resolved.dctps:
         raise UsageError("`dctps`: convert the model before its optimizer is made, with east_plugins.convert(model)")
     network = unwrap(model)
+    scales = quiet_branches(resolved, network, input_shape)
     if resolved.east.share or resolved.east.dyrelu:
         param_groups.join(optimizer, network, [])  # raises here, before anything is changed
     phased = activations(resolved, network, input_shape) if resolved.east.dyrelu else None
@@ -74,6 +76,7 @@ def of(
             raise
     if phased is not None:
         phased.join(optimizer)
+    silence(scales)
     return hosted(kind, resolved, model, optimizer, input_shape, [phased] if phased is not None else [])
 
 
@@ -109,6 +112,21 @@ def hosted(
         weight_init=resolved.weight_init,
     )
     return host
+
+
+def quiet_branches(resolved: Resolved, model: nn.Module, input_shape: Sequence[int] | None) -> dict[str, nn.Parameter]:
+    """The scales of norms that resolved options want to start at zero; none where a method would have them so and the
+    model has no residual branches."""
+    if not resolved.quiet_branches:
+        return {}
+    if input_shape is None:
+        raise UsageError("`quiet_branches` needs `input_shape`, the shape of one input without the batch")
+    try:
+        return quiet_scales(model, input_shape, resolved.quiet_branches)
+    except NothingMatchedError:
+        if resolved.quiet_branches != resolved.preset.settings.get("quiet_branches"):
+            raise
+        return {}
 
 
 def activations(resolved: Resolved, model: nn.Module, input_shape: Sequence[int] | None) -> PhasedActivations:

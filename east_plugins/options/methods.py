@@ -60,6 +60,11 @@ METHODS: dict[str, Preset] = {
         dict(_RIGL, prune_scope="global", density_schedule="gradual"),
         update=1000,
     ),
+    "open": Preset(
+        "whole kernels and pairs of channels in turn on the shortest path, blocks that start silent (RESULTS.md)",
+        dict(sparse_init="separable", weight_init="sparse-fan-in", quiet_branches="loops"),
+        static=True,
+    ),
     "east": Preset("Li et al., EAST", dict(_RIGL, east_cyclic=True, east_dyrelu=True, east_share=True), update=4000),
 }
 

@@ -14,12 +14,13 @@ from torch import Tensor, nn
 
 from .. import __version__
 from ..errors import UsageError
+from ..host import presets
 from ..ops.files import check_folder, digest, make_folder, save_checkpoint, write_atomically  # noqa: F401
 from ..ops.maskable import layers
 from ..options import sources
 from ..options.config import Config, Resolved
 from ..plugins import registry
-from ..plugins.transform.quiet import quiet
+from ..plugins.transform.quiet import silence
 from . import images, models
 
 CONFIG, METRICS, SUMMARY, CHECKPOINT = "config.yaml", "metrics.jsonl", "summary.json", "checkpoint.pt"
@@ -89,8 +90,7 @@ def build_model(options: Resolved, num_classes: int, input_shape: tuple[int, int
         registry.transform.get("dctps")(model, engine=options.dctps_engine)
     if options.east.share:
         registry.transform.get("share")(model, options.east.share_from, scale=options.east.share_scale)
-    if options.quiet_branches:
-        quiet(model, input_shape, options.quiet_branches)
+    silence(presets.quiet_branches(options, model, input_shape))
     return model
 
 

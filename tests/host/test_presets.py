@@ -49,6 +49,27 @@ def test_the_host_is_that_of_the_trainer():
     assert (mask.schedule.frequency, mask.schedule.last, mask.schedule.initial) == (1000, 44_000, 0.5)
 
 
+@pytest.mark.parametrize(("name", "silent"), [("resnet20", 7), ("vgg16", 0)])
+def test_open_starts_with_silent_blocks_where_there_are_any(name, silent):
+    """In a host of one's own as in the trainer; its masks are whole kernels and pairs of channels, never updated."""
+    torch.manual_seed(0)
+    model = models.build(name, 10, 3, 32, 8)
+    optimizer = torch.optim.SGD(model.parameters(), 0.01)
+    mask = Masking.of("open", model, optimizer, density=0.05, steps=40, input_shape=(3, 32, 32))
+    norms = [module.weight for module in model.modules() if isinstance(module, nn.BatchNorm2d)]
+    assert sum(bool((weight == 0).all()) for weight in norms) == silent
+    assert mask.sparse_init == "separable" and mask.schedule.frequency is None
+    with pytest.raises(UsageError, match="`quiet_branches` needs `input_shape`"):
+        Masking.of("open", model, optimizer, density=0.05, steps=40)
+
+
+def test_silent_blocks_that_were_asked_for_must_be_there():
+    model = models.build("vgg16", 10, 3, 32, 8)
+    settings = dict(density=0.05, steps=40, input_shape=(3, 32, 32), quiet_branches="loops")
+    with pytest.raises(UsageError, match="no residual branch"):
+        Masking.of("rigl", model, torch.optim.SGD(model.parameters(), 0.01), **settings)
+
+
 def test_settings_and_options_of_plugins_are_taken():
     model = network()
     optimizer = torch.optim.SGD(model.parameters(), 0.01)

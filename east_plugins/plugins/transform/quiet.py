@@ -6,7 +6,7 @@ easier to train (zero-init of Goyal et al. 2017, Section 5.1; ReZero, Bachlechne
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -22,12 +22,26 @@ BRANCHES = ("all", "loops")
 
 
 def quiet(model: nn.Module, input_shape: Sequence[int], branches: str = "all") -> list[str]:
-    """Set the scale of the batch norm at the end of residual branches to zero; returns the norms' names.
+    """Set the scales that `quiet_scales` finds to zero; returns the norms' names."""
+    scales = quiet_scales(model, input_shape, branches)
+    silence(scales)
+    return [name.removesuffix(".weight") for name in scales]
+
+
+@torch.no_grad()
+def silence(scales: Mapping[str, nn.Parameter]) -> None:
+    """Set them to zero."""
+    for scale in scales.values():
+        scale.zero_()
+
+
+def quiet_scales(model: nn.Module, input_shape: Sequence[int], branches: str = "all") -> dict[str, nn.Parameter]:
+    """The scales of the batch norms at the end of residual branches, by name; the model is left as it was.
 
     Args:
         branches: `loops`: of blocks that begin and end in one stream; `all`: of those beside a projection as well.
 
-    A norm whose scale would get no gradient at zero, as one with a ReLU behind it, stays as it is. Raises
+    A norm whose scale would get no gradient at zero, as one with a ReLU behind it, is none of them. Raises
     `NothingMatchedError` where there is no such branch, `UsageError` for another `branches`.
     """
     if branches not in BRANCHES:
@@ -43,13 +57,10 @@ def quiet(model: nn.Module, input_shape: Sequence[int], branches: str = "all") -
         if place.block or opens:
             found[norm] = norms[norm]
     scales = {f"{name}.weight": norm.weight for name, norm in found.items()}
-    heard = _heard(model, scales, input_shape)
+    heard = {name: scales[name] for name in _heard(model, scales, input_shape)}
     if not heard:
         raise NothingMatchedError("`quiet_branches`: the model has no residual branch that ends with a batch norm")
-    with torch.no_grad():
-        for name in heard:
-            scales[name].zero_()
-    return [name.removesuffix(".weight") for name in heard]
+    return heard
 
 
 def _heard(model: nn.Module, scales: dict[str, nn.Parameter], input_shape: Sequence[int]) -> list[str]:
