@@ -33,7 +33,12 @@ STARTS = {
     },
     0.0001: {"0.001": (11431, 21365), 0.7: (2363, 2302), 0.6: (2228, 2187), 0.1: (2126, 2127), 0.01: (2126, 2127)},
 }
-CASES = [(density, floor, shared) for density, floors in STARTS.items() for floor in floors for shared in (True, False)]
+CASES = [
+    (density, floor, shared)
+    for density in (0.01, *STARTS)
+    for floor in ("0.001", 0.7, 0.6, 0.1, 0.01)
+    for shared in (True, False)
+]
 
 
 def hosted(density, shared, **options):
@@ -63,7 +68,8 @@ def counts_of_es2(shapes, size, density, floor, start):
 def test_es2_starts_with_the_counts_of_its_code_in_every_layer(density, floor, shared):
     options = {"floor": 0.0, "least": 0.001} if floor == "0.001" else {"floor": floor}
     host = hosted(density, shared, **options)
-    assert host.nonzeros == STARTS[density][floor][0 if shared else 1]
+    if density in STARTS:  # the totals that are known beside what is computed here
+        assert host.nonzeros == STARTS[density][floor][0 if shared else 1]
     shapes = {name: tuple(weight.shape) for name, weight in host.weights.items()}
     least = (lambda d: 0.001) if floor == "0.001" else (lambda d: floor * d)
     assert dict(host.name2nonzeros) == counts_of_es2(shapes, host.theoretical_size, density, least, start=True)
