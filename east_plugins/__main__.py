@@ -43,6 +43,19 @@ def main(argv: Sequence[str] | None = None) -> int:
 
         print(f"east_plugins: {spoken(str(error))}", file=sys.stderr)
         return 130 if isinstance(error, Interrupted) else 2
+    except (MemoryError, RuntimeError) as error:
+        if not _is_memory(error):
+            raise
+        print(
+            f"east_plugins: not enough memory: {str(error).splitlines()[0] if str(error) else 'Python ran out of it'}",
+            file=sys.stderr,
+        )
+        return 2
+
+
+def _is_memory(error: Exception) -> bool:
+    """Whether memory ran out: torch says so by a `RuntimeError`, on the CPU without a class of its own."""
+    return isinstance(error, MemoryError) or "out of memory" in str(error) or "can't allocate memory" in str(error)
 
 
 def _run(argv: list[str]) -> int:

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ..errors import UnknownNameError, UsageError
+from ..options import flags
 from .parsing import parser
 
 
@@ -30,7 +31,13 @@ def main(argv: Sequence[str]) -> int:
     add("--out", type=Path, required=True, metavar="DIR", help="folder of runs, data and table")
     add("--epochs", type=int, metavar="N", help="length of every run (default: 12)")
     add("--seeds", default="0", metavar="N,N", help="one run for each seed (default: 0)")
-    add("--jobs", type=int, default=4, metavar="N", help="runs side by side on the GPU (default: 4)")
+    add(
+        "--jobs",
+        type=int,
+        default=4,
+        metavar="N",
+        help="runs side by side on the GPU (default: 4)",
+    )
     add("--seconds", type=float, default=experiment.LIMIT, metavar="N", help=f"then stop (default: {experiment.LIMIT})")
     given, began = vars(parse.parse_args(argv)), time.monotonic()
     given["out"], data = given["out"].resolve(), given.pop("data")
@@ -57,9 +64,9 @@ def _prepare(wanted, data: Path | None) -> None:
 
     if wanted.part not in experiment.PARTS:
         raise UnknownNameError("part", wanted.part, [*experiment.PARTS, "table"])
-    for name, value in (("--jobs", wanted.jobs), ("--epochs", wanted.epochs)):
-        if value is not None and value < 1:
-            raise UsageError(f"{name} must be at least 1, got {value}")
+    flags.check_size("jobs", wanted.jobs, "--jobs")
+    if wanted.epochs is not None and wanted.epochs < 1:
+        raise UsageError(f"--epochs must be at least 1, got {wanted.epochs}")
     if not wanted.tiny and not torch.cuda.is_available():
         raise UsageError("this torch sees no CUDA device; allowed without one is --tiny")
     experiment.jobs(wanted)

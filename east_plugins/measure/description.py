@@ -14,6 +14,7 @@ from ..host.masking import Masking
 from ..ops.paths import effective_density
 from ..options.config import Config
 from ..options.east import REFERENCE_STEPS_PER_EPOCH
+from ..options.flags import check_size
 from ..training import runs
 from . import timing
 from .costs import costs
@@ -25,8 +26,8 @@ def describe(options: Config, classes: int, channels: int) -> dict[str, Any]:
 
     With DyReLU the parameters are those of the phase in which it is there; MACs are those of inference, after it.
     """
-    if classes < 1 or channels < 1:
-        raise UsageError(f"`classes` and `channels` must be at least 1, got {classes} and {channels}")
+    check_size("classes", classes)
+    check_size("channels", channels)
     resolved = options.resolve(steps_per_epoch=REFERENCE_STEPS_PER_EPOCH)
     shape = _shape(options, channels)
     model = runs.build_model(resolved, classes, shape)

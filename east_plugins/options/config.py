@@ -15,7 +15,7 @@ from ..plugins.density import check_density
 from ..plugins.protocols import DensitySchedule, RateDecay
 from . import east, methods, plugged
 from .east import EastOptions, ResolvedEast, scaled_steps
-from .flags import check_choices, option
+from .flags import check_choices, check_size, option
 
 
 def _epochs(text: str) -> list[float]:
@@ -183,18 +183,21 @@ class Config:
     def _check_numbers(self) -> None:
         if self.density is not None:
             check_density(self.density)
-        positive = ("epochs", "batch_size", "update_frequency", "width", "limit", "image_size", "threads")
-        for name in positive:
+        for name in ("epochs", "update_frequency", "limit"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise UsageError(f"`{name}` must be at least 1, got {value}")
-        ranges = dict(
-            lr=(0, 1e6), momentum=(0, 1), weight_decay=(0, 1e6), death_rate=(0, 1), seed=(-(2**63), 2**64 - 1)
-        )
+        for name in ("batch_size", "threads", "width", "image_size"):
+            check_size(name, getattr(self, name))
+        ranges = dict(lr=(0, 1e6), weight_decay=(0, 1e6), death_rate=(0, 1), seed=(-(2**63), 2**64 - 1))
         for name, (low, high) in ranges.items():
             value = getattr(self, name)
             if value is not None and not low <= value <= high:
                 raise UsageError(f"`{name}` must be in [{low}, {high}], got {value}")
+        if not 0 <= self.momentum < 1:
+            raise UsageError(f"`momentum` must be from 0 on and below 1, got {self.momentum}")
+        if self.device == "":
+            raise UsageError("`device` is empty: allowed are cpu, cuda, cuda:1, ...")
         for epoch in self.lr_drops or ():
             if not 0 <= epoch < math.inf:
                 raise UsageError(f"`lr_drops` must be epochs from 0 on, got {epoch}")

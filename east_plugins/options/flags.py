@@ -16,9 +16,16 @@ from ..errors import UsageError
 from ..plugins.protocols import option
 
 __all__ = [
-    "Parser", "add_flag", "add_flags", "as_arguments", "check_choices", "folder", "option", "read_yaml", "spoken",
+    "SIZES", "Parser", "add_flag", "add_flags", "as_arguments", "check_choices", "check_size", "folder", "option",
+    "read_yaml", "spoken",
 ]  # fmt: skip
 
+
+#: Smallest and largest of what takes memory or processes: a slip of the finger must not take the machine down.
+SIZES = dict(
+    batch_size=(1, 2**20), threads=(1, 1024), jobs=(1, 256), width=(1, 512), image_size=(4, 4096), classes=(1, 2**20),
+    channels=(1, 4096), repeats=(1, 2**20),
+)  # fmt: skip
 
 #: Called with a parser, what is known of its arguments, and the flags among them that it does not know.
 Late = Callable[[argparse.ArgumentParser, argparse.Namespace, list[str]], None]
@@ -135,10 +142,20 @@ def folder(text: str) -> Path:
     return Path(text)
 
 
+def check_size(name: str, value: int | None, spoken_name: str | None = None) -> None:
+    """Refuse a number of `SIZES` that is out of its bounds by `UsageError`; None, nothing said, is allowed."""
+    low, high = SIZES[name]
+    if value is not None and not low <= value <= high:
+        bound = f"at least {low}" if value < low else f"at most {high}"
+        raise UsageError(f"{spoken_name or f'`{name}`'} must be {bound}, got {value}")
+
+
 def read_yaml(path: str | Path, flag: str) -> dict[str, Any]:
     """The mapping in a YAML file; raises `UsageError` naming `flag` where there is none."""
     import yaml
 
+    if not str(path):
+        raise UsageError(f"{flag} is empty: it must name a YAML file")
     try:
         content = yaml.safe_load(Path(path).read_text())
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:

@@ -69,7 +69,7 @@ def _dest(flag: str) -> str:
 def add_plugin_flags(parser: argparse.ArgumentParser, known: Mapping[str, Any]) -> None:
     """Add the options of the plugins that are named, by flags, the `--config` file or the method, as flags."""
     given = {name: value for name, value in known.items() if value is not None}
-    if path := given.get("config"):
+    if (path := given.get("config")) is not None:
         given = {**_names(flags.read_yaml(path, "--config")), **given}
     if options := dict(plugged.fields(_chosen(given))):
         group = parser.add_argument_group("options of the plugins named")
@@ -86,7 +86,7 @@ def from_flags(given: Mapping[str, Any], method: str = Config.method, data: str 
     be: an unreadable file, a misspelt key, a value out of range.
     """
     given = dict(given)
-    if path := given.pop("config", None):
+    if (path := given.pop("config", None)) is not None:
         file = _for_plugins(_for_method(_read(path), given), given)
         if given.get("east"):  # by hand: all three tricks
             file = {name: value for name, value in file.items() if value is not False or name not in _SWITCHES}

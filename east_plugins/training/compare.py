@@ -19,6 +19,7 @@ from ..ops import figures
 from ..ops import text as tables
 from ..options import sources
 from ..options.config import Config
+from ..options.flags import check_size
 from . import pictures, runs
 from .trainer import Trainer, check_same, train
 from .trainer import finished as ended
@@ -106,8 +107,7 @@ def compare(
         settings: flags of `train` by name, such as `epochs=12` or `config="digits.yaml"`.
     """
     out = Path(out)
-    if workers < 1:
-        raise UsageError(f"`workers` must be at least 1, got {workers}")
+    check_size("jobs", workers, "`workers`")
     settings.setdefault("threads", max(1, (os.cpu_count() or 1) // workers))
     todo = jobs(methods, sparsities, seeds, out, settings)
     for folder in (out, *(job.out for job in todo)):

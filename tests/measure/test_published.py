@@ -65,7 +65,7 @@ def test_a_sweep_has_a_row_for_each_density_and_a_picture(tmp_path, capsys):
     [
         ("--densities 0,0.1", "--densities must be in (0, 1], got 0"),
         ("--densities x", "--densities"),
-        ("--image-size 0", "--image-size must be at least 1, got 0"),
+        ("--image-size 0", "--image-size must be at least 4, got 0"),
         ("--masks some", "--masks"),
         ("--plot a.foo", "--plot a.foo must end in one of"),
     ],
