@@ -65,3 +65,22 @@ def test_bench_tables_have_one_unit_a_column(capsys):
     assert main("bench update --model cnn --density 0.1 --repeats 1 --threads 1".split()) == 0
     times, ratios = capsys.readouterr().out.strip().split("\n\n")
     assert times.startswith("ms, 1 thread ") and ratios.startswith("ratio of medians")
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the limit on memory is Linux's")
+def test_memory_that_runs_out_is_one_line(tmp_path):
+    code = f"""
+import resource, sys, torch
+from east_plugins.__main__ import main
+import east_plugins.training.trainer
+used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
+resource.setrlimit(resource.RLIMIT_AS, (used + 2**28, used + 2**28))
+words = "train --method set --model resnet34 --width 256 --threads 1 --epochs 1 --out".split()
+sys.exit(main([*words, {str(tmp_path / "run")!r}]))
+"""
+    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300)
+    assert ended.returncode == 2 and not (tmp_path / "run").exists()
+    assert (
+        ended.stderr.splitlines()[-1].startswith("east_plugins: not enough memory: ")
+        and "Traceback" not in ended.stderr
+    )
