@@ -131,8 +131,8 @@ def inference(argv: Sequence[str]) -> int:
     given = [action.option_strings[0] for action in drawn if getattr(args, action.dest) != action.default]
     if args.run and given:
         raise UsageError(f"{' '.join(given)}: a RUN is measured as it is, leave them out")
-    flags.check_size("repeats", args.repeats)
-    flags.check_size("threads", args.threads)
+    flags.check_size("repeats", args.repeats, "--repeats")
+    flags.check_size("threads", args.threads, "--threads")
     for size in args.batch:
         flags.check_size("batch_size", size, "--batch")
     return _inference(args)
@@ -172,7 +172,7 @@ def startup(argv: Sequence[str]) -> int:
     parse.add_argument("--repeats", type=int, default=7, metavar="N", help="rounds (default: 7)")
     parse.add_argument("--json", action="store_true", help="one JSON object in place of the table")
     args = parse.parse_args(argv)
-    flags.check_size("repeats", args.repeats)
+    flags.check_size("repeats", args.repeats, "--repeats")
     from ..measure.startup import startup
 
     return _printed(startup(args.repeats), args.json)
@@ -253,7 +253,7 @@ def _parsed(parse: flags.Parser, argv: Sequence[str]) -> argparse.Namespace:
     """The flags, checked; threads and memory are as they say."""
     args = parse.parse_args(argv)
     for name in ("repeats", "threads", "classes", "batch_size", "width", "image_size"):
-        flags.check_size(name, getattr(args, name, None))
+        flags.check_size(name, getattr(args, name, None), f"--{name.replace('_', '-')}")
     import torch
 
     from ..ops import memory

@@ -38,7 +38,7 @@ def main(argv: Sequence[str]) -> int:
     methods, sparsities, seeds, workers, out = (
         given.pop(name) for name in ("methods", "sparsities", "seeds", "jobs", "out")
     )
-    flags.check_size("jobs", workers)
+    flags.check_size("jobs", workers, "--jobs")
     densities, numbers = _numbers("--sparsities", sparsities, float), _numbers("--seeds", seeds, int)
     from ..training.compare import compare, markdown  # PyTorch is not waited for where a flag is wrong
 

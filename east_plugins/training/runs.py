@@ -15,8 +15,10 @@ from torch import Tensor, nn
 from .. import __version__
 from ..errors import UsageError
 from ..host import presets
-from ..ops.files import check_folder, digest, make_folder, save_checkpoint, write_atomically  # noqa: F401
+from ..ops import files
+from ..ops.files import check_folder, digest, make_folder, write_atomically  # noqa: F401
 from ..ops.maskable import layers
+from ..ops.packing import pack, unpack
 from ..options import sources
 from ..options.config import Config, Resolved
 from ..plugins import registry
@@ -26,10 +28,15 @@ from . import images, models
 CONFIG, METRICS, SUMMARY, CHECKPOINT = "config.yaml", "metrics.jsonl", "summary.json", "checkpoint.pt"
 
 
+def save_checkpoint(path: Path, state: dict[str, Any]) -> None:
+    """Write a checkpoint, complete or not at all; what is mostly zero takes its active values' space."""
+    files.save_checkpoint(path, pack(state))
+
+
 def load_checkpoint(path: Path, device: torch.device | str = "cpu") -> dict[str, Any]:
     """A checkpoint's tensors and plain values; raises `UsageError` where it is missing or damaged."""
     try:
-        return torch.load(path, map_location=device, weights_only=True)
+        return unpack(torch.load(path, map_location=device, weights_only=True))
     except FileNotFoundError as error:
         raise UsageError(f"{path} does not exist; expected is the folder of a run") from error
     except Exception as error:  # torch raises whatever the broken bytes lead it to

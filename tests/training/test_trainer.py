@@ -112,10 +112,10 @@ def test_a_killed_run_goes_on_from_its_last_checkpoint(saved, east_run, tmp_path
         if line["epoch"] == saved:
             monkeypatch.setattr("east_plugins.training.trainer.SAVE_EVERY", 1000)
         if line["epoch"] == 4:
-            raise MemoryError
+            raise EOFError
 
     monkeypatch.setattr("east_plugins.training.trainer.SAVE_EVERY", 0 if saved else 1000)
-    with monkeypatch.context() as patch, pytest.raises(MemoryError):
+    with monkeypatch.context() as patch, pytest.raises(EOFError):
         patch.setattr(Progress, "epoch", killed)
         train(out, "--epochs", "6")
     assert len(runs.read_metrics(out)) == 4 and (out / "checkpoint.pt").exists() == bool(saved)
@@ -440,3 +440,10 @@ def test_the_recipe_of_the_authors_code_trains(engine, tmp_path):
     assert (config["clip-norm"], config["east-cyclic-open"], config["sparse-init"]) == (1.0, True, "ERK-floor")
     assert lines[-1]["nonzeros"] == summary["nonzeros"] > 0.05 * summary["maskable"]  # nothing closes the cycles
     assert not any("fc.bias" in name for name in torch.load(tmp_path / "r" / "checkpoint.pt")["best"]["model"])
+
+
+@pytest.mark.slow
+def test_the_checkpoint_of_a_large_sparse_network_is_small(tmp_path):
+    options = from_flags({"method": "rigl+connected", "model": "resnet34", "density": 0.001, "epochs": 2, "limit": 300})
+    train_run(options, tmp_path, quiet=True)
+    assert (tmp_path / runs.CHECKPOINT).stat().st_size < 3_000_000
