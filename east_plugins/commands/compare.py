@@ -42,10 +42,16 @@ def main(argv: Sequence[str]) -> int:
     densities, numbers = _numbers("--sparsities", sparsities, float), _numbers("--seeds", seeds, int)
     from ..training.compare import compare, markdown  # PyTorch is not waited for where a flag is wrong
 
-    rows = compare(methods.split(","), densities, out, seeds=numbers, workers=workers, finished=_tell, **given)
+    rows = compare(
+        methods.split(","), densities, out, seeds=numbers, workers=workers, finished=_tell, say=_say, **given
+    )
     print(markdown(rows))
     print(f"table: {out / 'table.md'}   plot: {out / 'accuracy.png'}")
     return 0
+
+
+def _say(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
 
 
 def _tell(job: Job, summary: dict[str, Any], number: int, count: int) -> None:

@@ -23,14 +23,17 @@ def main(argv: Sequence[str]) -> int:
     sources.add_flags(parser)
     given = vars(parser.parse_args(argv))
     out, resume, quiet = (given.pop(name) for name in ("out", "resume", "quiet"))
+    if resume and given.get("config") is None and (out / "config.yaml").is_file():
+        given["config"] = out / "config.yaml"  # what is not said is as it was
     options = sources.from_flags(given)
-    from ..training.trainer import train  # PyTorch is not waited for where a flag is wrong
+    from ..training.trainer import DEAD, train  # PyTorch is not waited for where a flag is wrong
 
     summary = train(options, out, resume, quiet)
     validation = f" (validation {summary['best_validation_accuracy']:.2%})" if options.validation else ""
     print(
         f"test accuracy {summary['test_accuracy']:.2%} of the network of epoch {summary['best_epoch']}{validation}, "
         f"{summary['nonzeros']:,} of {summary['maskable']:,} weights active; {out}"
-        + ("; loss is not finite" if summary.get("diverged") else "")
+        + ("; diverged: the loss was not finite, try a smaller --lr or --clip-norm" if summary.get("diverged") else "")
+        + (f"; dead: {DEAD}" if not summary["effective_density"] else "")
     )
     return 0

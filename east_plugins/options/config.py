@@ -56,7 +56,8 @@ class Config:
     data: str = option("digits", "digits, mnist, fashionmnist, cifar10, cifar100, tinyimagenet, imagenet or folder")
     data_dir: str | None = option(None, "folder that the data lies in", metavar="DIR")
     image_size: int | None = option(None, "pixels of an image's side (default: the data's own)", type=int)
-    limit: int | None = option(None, "train on so many images only", type=int)
+    download: bool = option(False, "fetch the data into `data_dir` first, where torchvision can")
+    limit: int | None = option(None, "train on so many images only; all test images stay", type=int)
     validation: float = option(0.1, "share of the training images that chooses the checkpoint", type=float)
     validation_split: str | None = option(
         None, "which ones: stratified by class at random, or the last ones in the data's order (default: stratified)",

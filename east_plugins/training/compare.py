@@ -7,6 +7,8 @@ import io
 import multiprocessing
 import os
 import statistics
+import threading
+import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
@@ -21,6 +23,7 @@ from ..options import sources
 from ..options.config import Config
 from ..options.flags import check_size
 from . import pictures, runs
+from .progress import SILENCE, duration, plan
 from .trainer import Trainer, check_same, train
 from .trainer import finished as ended
 
@@ -28,6 +31,12 @@ CAPTION = (
     "Test accuracy in %, mean +- standard deviation over seeds; in brackets the share of the active weights that lies "
     "on a path from input to output."
 )
+
+NOTES = {
+    "dead": "dead: no active weight lies on a path from input to output, so that the network computes a constant; "
+    "`+connected` after a method's name starts it on paths.",
+    "diverged": "diverged: the loss was not finite; a smaller `--lr`, or `--clip-norm`, may mend it.",
+}
 
 
 @dataclass(frozen=True)
@@ -49,6 +58,8 @@ class Row:
     sparsity: float
     accuracies: list[float]
     effective: list[float]
+    dead: int = 0  #: seeds in which no active weight lies on a path
+    diverged: int = 0  #: seeds in which the loss was not finite
 
     @property
     def mean(self) -> float:
@@ -58,6 +69,13 @@ class Row:
     def spread(self) -> float | None:
         """Standard deviation over seeds; None for one seed."""
         return statistics.stdev(self.accuracies) if len(self.accuracies) > 1 else None
+
+    @property
+    def marks(self) -> list[str]:
+        """What is wrong with the runs, in words: `dead`, `1 of 3 diverged`."""
+        seeds = len(self.accuracies)
+        counts = {mark: getattr(self, mark) for mark in NOTES}
+        return [mark if count == seeds else f"{count} of {seeds} {mark}" for mark, count in counts.items() if count]
 
 
 def jobs(
@@ -92,6 +110,7 @@ def compare(
     seeds: Sequence[int] = (0,),
     workers: int = 1,
     finished: Callable[[Job, dict[str, Any], int, int], None] | None = None,
+    say: Callable[[str], None] | None = None,
     **settings: Any,
 ) -> list[Row]:
     """Train every method at every sparsity with every seed; write `table.md`, `table.csv` and `accuracy.png` to `out`.
@@ -104,25 +123,42 @@ def compare(
         sparsities: shares of weights that are zero, in [0, 1).
         workers: runs at a time.
         finished: called after every run with its job and summary, the number of finished runs, and of all.
+        say: called with lines on what is done: what the runs are, before the first one, then at least every 15 seconds.
         settings: flags of `train` by name, such as `epochs=12` or `config="digits.yaml"`.
     """
     out = Path(out)
     check_size("jobs", workers, "`workers`")
-    settings.setdefault("threads", max(1, (os.cpu_count() or 1) // workers))
+    settings.setdefault("threads", _threads(workers))
     todo = jobs(methods, sparsities, seeds, out, settings)
     for folder in (out, *(job.out for job in todo)):
         runs.check_folder(folder)
     figures.figure(1, 1)  # a missing extra is said before hours of work
-    check(todo)
+    say = say or (lambda line: None)
+    for line in check(todo):
+        say(line)
+    say(f"in all    {len(todo)} runs, {min(workers, len(todo))} at a time, in {out}; a line when one is finished")
     runs.make_folder(out)
     summaries: list[tuple[Job, dict[str, Any]]] = []
     try:
-        for job, summary in run(todo, workers):
-            summaries.append((job, summary))
-            if finished is not None:
-                finished(job, summary, len(summaries), len(todo))
+        with Watch(todo, say):
+            for job, summary in run(todo, workers):
+                summaries.append((job, summary))
+                write(out, todo, summaries)
+                if finished is not None:
+                    finished(job, summary, len(summaries), len(todo))
     except (KeyboardInterrupt, Interrupted):
         raise Interrupted(f"stopped after {len(summaries)} of {len(todo)} runs; the same command goes on") from None
+    return write(out, todo, summaries)
+
+
+def _threads(workers: int) -> int:
+    """Threads of a run: as OMP_NUM_THREADS says, else the machine's cores shared out."""
+    said = os.environ.get("OMP_NUM_THREADS", "")
+    return int(said) if said.isdecimal() and int(said) else max(1, (os.cpu_count() or 1) // workers)
+
+
+def write(out: Path, todo: Sequence[Job], summaries: Sequence[tuple[Job, dict[str, Any]]]) -> list[Row]:
+    """Table and picture of the runs that are finished; returns the table's rows."""
     order = {job.out: i for i, job in enumerate(todo)}
     rows = collect(sorted(summaries, key=lambda pair: order[pair[0].out]))
     runs.write_atomically(out / "table.md", markdown(rows))
@@ -133,18 +169,64 @@ def compare(
     return rows
 
 
-def check(todo: Sequence[Job]) -> None:
+class Watch(threading.Thread):
+    """Says every 15 seconds how far the runs of a comparison are, by what stands in their folders."""
+
+    def __init__(self, todo: Sequence[Job], say: Callable[[str], None]):
+        super().__init__(daemon=True)
+        self.todo, self.say = todo, say
+        self.began, self.over = time.monotonic(), threading.Event()
+        self.before = sum(self._done(job) for job in todo)
+
+    def __enter__(self) -> Watch:
+        self.start()
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.over.set()
+
+    @staticmethod
+    def _done(job: Job) -> int:
+        """Epochs that a run has behind it."""
+        try:
+            return (job.out / runs.METRICS).read_bytes().count(b"\n")
+        except OSError:
+            return 0
+
+    def run(self) -> None:
+        while not self.over.wait(SILENCE):
+            if any(not (job.out / runs.SUMMARY).exists() for job in self.todo):
+                self.say(self.state())
+
+    def state(self) -> str:
+        """The runs that have begun and are not finished, and about how long all of them take."""
+        done = {job.out: self._done(job) for job in self.todo}
+        going = [
+            f"{job.out.name} epoch {min(done[job.out] + 1, job.options.epochs)}/{job.options.epochs}"
+            for job in self.todo
+            if (job.out / runs.CONFIG).exists() and not (job.out / runs.SUMMARY).exists()
+        ]
+        new, left = sum(done.values()) - self.before, sum(job.options.epochs for job in self.todo) - sum(done.values())
+        passed = time.monotonic() - self.began
+        return ", ".join(going or ["starting"]) + (
+            f"; about {duration(passed / new * left)} left in all" if new else ""
+        )
+
+
+def check(todo: Sequence[Job]) -> list[str]:
     """Compare what is in the folders with what is asked for and build every kind of run once, without training it,
-    so that what cannot be is refused before hours of work."""
+    so that what cannot be is refused before hours of work. Returns what the first unfinished run will do, in lines."""
     unfinished = [job for job in todo if ended(job.options, job.out) is None]
     if not unfinished:
-        return
+        return ["all of them are finished"]
     data = runs.load_data(unfinished[0].options)
     for job in unfinished:
         if (job.out / runs.CHECKPOINT).exists():
             check_same(job.out, job.options.resolve(data.train.steps(job.options.batch_size)))
-    for job in {(job.method, job.sparsity): job for job in unfinished}.values():
-        Trainer(job.options, job.out, data)
+    lines: list[str] = []
+    for job in {(job.method, job.sparsity): job for job in reversed(unfinished)}.values():
+        lines = plan(Trainer(job.options, job.out, data))
+    return [f"first     {unfinished[0].out.name}", *lines]
 
 
 def run(todo: Sequence[Job], workers: int = 1) -> Iterator[tuple[Job, dict[str, Any]]]:
@@ -173,7 +255,14 @@ def collect(summaries: Sequence[tuple[Job, dict[str, Any]]]) -> list[Row]:
     for job, summary in summaries:
         cells.setdefault((job.method, job.sparsity), []).append(summary)
     return [
-        Row(method, sparsity, [s["test_accuracy"] for s in cell], [s["effective_density"] / s["density"] for s in cell])
+        Row(
+            method,
+            sparsity,
+            [s["test_accuracy"] for s in cell],
+            [s["effective_density"] / s["density"] for s in cell],
+            sum(not s["effective_density"] for s in cell),
+            sum(bool(s.get("diverged")) for s in cell),
+        )
         for (method, sparsity), cell in cells.items()
     ]
 
@@ -191,22 +280,24 @@ def markdown(rows: Sequence[Row]) -> str:
             row = cells.get((method, 0.0 if _is_dense(method) else sparsity))
             line.append("" if row is None else _cell(row))
         lines.append(line)
-    return f"{CAPTION}\n\n{tables.markdown(head, lines)}"
+    notes = [f"{note}\n" for mark, note in NOTES.items() if any(getattr(row, mark) for row in rows)]
+    return "\n".join([f"{CAPTION}\n", tables.markdown(head, lines), *notes]).rstrip("\n") + "\n"
 
 
 def _cell(row: Row) -> str:
     spread = "" if row.spread is None else f" +- {100 * row.spread:.1f}"
-    return f"{100 * row.mean:.1f}{spread} ({statistics.fmean(row.effective):.0%})"
+    return f"{100 * row.mean:.1f}{spread} ({', '.join([f'{statistics.fmean(row.effective):.0%}', *row.marks])})"
 
 
 def as_csv(rows: Sequence[Row]) -> str:
     """One line a method and sparsity, accuracies as fractions of 1; `std` is empty for one seed."""
     text = io.StringIO()
     writer = csv.writer(text)
-    writer.writerow(["method", "sparsity", "mean", "std", "seeds", "on_path", "accuracies"])
+    writer.writerow(["method", "sparsity", "mean", "std", "seeds", "on_path", "dead", "diverged", "accuracies"])
     for row in rows:
         spread = "" if row.spread is None else f"{row.spread:.6f}"
         values = [f"{row.mean:.6f}", spread, len(row.accuracies), f"{statistics.fmean(row.effective):.6f}"]
+        values += [row.dead, row.diverged]
         writer.writerow([row.method, row.sparsity, *values, " ".join(f"{a:.6f}" for a in row.accuracies)])
     return text.getvalue()
 

@@ -136,7 +136,8 @@ class _ArrayUnpickler(pickle.Unpickler):
 
 def _folders(train: str, test: str, root: Path, size: int | None) -> Splits:
     """Class folders `train`/<class>/... and `test`/<class>/...; the classes are train's, in sorted order."""
-    classes = class_folders(_require(root, Path(train)))
+    root = _require(root, Path(train)).parent
+    classes = class_folders(root / train)
     parts = [_list(_require(root, Path(part)), classes) for part in (train, test)]
     return _decoded(root, parts, size)
 
@@ -245,9 +246,15 @@ def _write_cache(path: Path, key: str, arrays: Sequence[np.ndarray]) -> None:
 
 
 def _require(root: Path, part: Path) -> Path:
-    if not (root / part).exists():
-        raise UsageError(f"`data_dir` {root}: {part} is missing there")
-    return root / part
+    """`part` in `root`, or where `root` is one folder too deep or too high, in the right one."""
+    inside = [place for place in root.iterdir() if place.is_dir() and not place.name.startswith(".")]
+    above = [root.parent] if root.resolve().name == part.parts[0] else []
+    for place in (root, *above, *(inside if len(inside) == 1 else ())):
+        if (place / part).exists():
+            return place / part
+    names = sorted(place.name for place in root.iterdir())
+    there = ", ".join(names[:5]) + (", ..." if len(names) > 5 else "") if names else "nothing"
+    raise UsageError(f"`data_dir` {root}: {part} is missing there; it holds {there}")
 
 
 class Source(NamedTuple):

@@ -205,7 +205,7 @@ def load(
     "last" the last ones in the data's order, as ITOP and the authors' code of EAST have it (of every class where they
     lie class by class).
     `crop_padding`: what random crops find beyond an image's edge, "zero" or "reflect".
-    `limit`: keep only so many training images (validation included) and so many test images.
+    `limit`: keep only so many training images, validation included.
     `download`: get the files first, where torchvision can.
 
     Raises `UnknownNameError`, `UsageError` where files or values are not as they should be.
@@ -219,7 +219,7 @@ def load(
     train, test = source.read(data_dir and Path(data_dir), image_size)
     num_classes = int(train[1].max()) + 1
     if limit is not None:
-        train, test = _some(train, limit), _some(test, limit)
+        train = _some(train, limit)
     parts = stratified(train[1], validation, seed) if split == "stratified" else _last(train[1], validation)
     kept, held_out = (_take(train, index) for index in parts)
     if len(kept[1]) < 2:
@@ -255,6 +255,9 @@ def _check(name, data_dir, image_size, validation, limit, download) -> None:
             raise UsageError(f"{flag} {value}: allowed are whole numbers from 1")
     if download and not source.torchvision:
         raise UsageError(f"`download`: allowed for {', '.join(n for n in SOURCES if SOURCES[n].torchvision)}")
+    if not source.needs and data_dir is not None:
+        reading = ", ".join(other for other in SOURCES if SOURCES[other].needs)
+        raise UsageError(f"`data_dir` {data_dir} is not read by `data` {name}; `data` that reads a folder: {reading}")
     if source.needs and data_dir is None:
         raise UsageError(f"`data` {name} needs `data_dir`, a folder with {source.needs}")
     if source.needs and not download and not Path(data_dir).is_dir():

@@ -23,10 +23,13 @@ class Cell(Protocol):
     def mean(self) -> float: ...
     @property
     def spread(self) -> float | None: ...
+    @property
+    def marks(self) -> list[str]: ...
 
 
 def accuracy(cells: Sequence[Cell], path: Path, chance: float, title: str) -> None:
-    """Bars of test accuracy, one group a sparsity: mean, standard deviation as a line, every seed as a dot. What has
+    """Bars of test accuracy, one group a sparsity: mean, standard deviation as a line, every seed as a dot;
+    runs that are dead or diverged say so. What has
     sparsity 0 beside others is a line across, and so is chance.
 
     Raises `UsageError` where `path` cannot be written, and `MissingExtraError`.
@@ -50,6 +53,10 @@ def accuracy(cells: Sequence[Cell], path: Path, chance: float, title: str) -> No
             axes.bar(x, 100 * cell.mean, 0.86, label=label, **figures.filled(methods.index(cell.method)))
             if cell.spread is not None:
                 axes.errorbar(x, 100 * cell.mean, 100 * cell.spread, color="black", capsize=4, linewidth=1)
+            if cell.marks:
+                top = 100 * max(*cell.accuracies, cell.mean + (cell.spread or 0))
+                words: dict = dict(rotation=90, ha="center", va="bottom", fontsize=8, textcoords="offset points")
+                axes.annotate(", ".join(cell.marks), (x, top), (0, 5), **words)
             dots = [100 * value for value in cell.accuracies]
             axes.plot([x] * len(dots), dots, "o", color="black", markerfacecolor="white", markersize=4)
     for cell in across:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import platform
 from dataclasses import dataclass
@@ -135,6 +134,7 @@ def load_data(options: Config) -> images.Data:
         options.validation,
         options.seed,
         options.limit,
+        options.download,
         split=options.decided("validation_split"),
         crop_padding=options.decided("crop_padding"),
     )
@@ -180,7 +180,15 @@ def load_run(folder: str | Path) -> Run:
         raise UsageError(f"{folder} is damaged: {SUMMARY}, {CHECKPOINT} and {CONFIG} do not fit ({reason})") from error
 
 
-def same_run(a: Resolved, b: Resolved) -> bool:
-    """Whether two resolved configurations describe the same run; device and threads may differ."""
-    a, b = (dataclasses.replace(resolved, device=None, threads=None) for resolved in (a, b))
-    return a == b
+#: Settings that say where and how a run is computed, not what it is.
+_ELSEWHERE = {"device", "threads", "download"}
+
+
+def difference(a: Resolved, b: Resolved) -> tuple[str, Any, Any] | None:
+    """A setting in which two resolved configurations differ, with both values; None where they are the same run, on
+    whatever device, with however many threads."""
+    ours, theirs = ({**{f"east_{n}": v for n, v in vars(r.east).items()}, **vars(r)} for r in (a, b))
+    for name in ours.keys() - _ELSEWHERE - {"east"}:
+        if ours[name] != theirs[name]:
+            return name, ours[name], theirs[name]
+    return None

@@ -33,6 +33,10 @@ from .progress import Progress
 
 logger = logging.getLogger(__name__)
 
+DEAD = (
+    "no active weight lies on a path from input to output: the network computes a constant; try +connected after the "
+    "method's name"
+)
 SAVE_EVERY = 30.0  #: seconds, at the least, between checkpoints at ends of epochs: a short epoch is not spent on them
 
 
@@ -74,9 +78,12 @@ def finished(options: Config, out: Path) -> dict[str, Any] | None:
 
 
 def check_same(out: Path, options: Resolved) -> None:
-    """Raises `UsageError` where the run in `out` is not that of the resolved `options`."""
-    if not runs.same_run(runs.read_config(out).resolve(options.steps_per_epoch), options):
-        raise UsageError(f"`out` {out}: {runs.CONFIG} there describes another run than the flags given")
+    """Raises `UsageError`, naming a setting and both values, where the run in `out` is not that of the resolved
+    `options`."""
+    there = runs.read_config(out).resolve(options.steps_per_epoch)
+    if difference := runs.difference(there, options):
+        name, old, new = difference
+        raise UsageError(f"`out` {out} holds another run: `{name}` is {old} in its {runs.CONFIG}, here it is {new}")
 
 
 @dataclass
@@ -139,6 +146,7 @@ class Trainer:
         self.seconds = 0.0
         self.saved = time.monotonic()
         self.diverged = False  # whether an epoch's loss was not finite
+        self.dead = False  # whether no weight lies on a path
 
     # ------------------------------------------------------------------ training
 
@@ -168,8 +176,11 @@ class Trainer:
         if not math.isfinite(line["loss"]):
             line["loss"] = None  # JSON has no NaN
             if not self.diverged:
-                logger.warning("epoch %d: loss is not finite", self.epoch)
+                logger.warning("epoch %d: loss is not finite; try a smaller `lr`, or `clip_norm`", self.epoch)
             self.diverged = True
+        if line["effective_density"] == 0 and not self.dead:
+            logger.warning("epoch %d: %s", self.epoch, DEAD)
+        self.dead = line["effective_density"] == 0
         with open(self.out / runs.METRICS, "a") as file:
             file.write(json.dumps(line) + "\n")
         if self.epoch == options.epochs or time.monotonic() - self.saved >= SAVE_EVERY:

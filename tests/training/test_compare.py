@@ -8,8 +8,10 @@ import time
 import pytest
 
 from east_plugins.__main__ import main
+from east_plugins.errors import Interrupted
 from east_plugins.training import runs
-from east_plugins.training.compare import Job, collect, markdown
+from east_plugins.training.compare import Job, as_csv, collect, markdown
+from east_plugins.training.compare import compare as training_compare
 
 TINY = "--data digits --limit 120 --model cnn --width 4 --batch-size 60 --epochs 2 --device cpu".split()
 
@@ -115,7 +117,10 @@ def test_another_run_in_the_folder_is_found_before_all_runs(tmp_path, capsys):
     capsys.readouterr()
     assert compare(tmp_path, *flags, "--lr", "0.03") == 2
     said = capsys.readouterr().err
-    assert said.startswith(f"east_plugins: --out {tmp_path / 'set-0.8-seed1'}: ") and said.count("\n") == 1
+    assert (
+        said.startswith(f"east_plugins: --out {tmp_path / 'set-0.8-seed1'} holds another run: --lr is 0.1 ")
+        and said.count("\n") == 1
+    )
     assert not list((tmp_path / "set-0.8-seed0").iterdir())
 
 
@@ -133,3 +138,38 @@ def test_cells_are_mean_and_deviation_over_seeds(tmp_path):
     rows = collect([(job, summary(accuracy)) for job, accuracy in zip(jobs, (0.5, 0.6, 0.7), strict=True)])
     assert rows[0].mean == pytest.approx(0.6) and rows[0].spread == pytest.approx(0.1)
     assert "| rigl | 60.0 +- 10.0 (50%) |" in markdown(rows)
+
+
+def test_dead_and_diverged_runs_are_marked_with_what_to_try(tmp_path):
+    def pair(method, seed, effective, diverged):
+        summary = {"test_accuracy": 0.1, "effective_density": effective, "density": 0.001, "diverged": diverged}
+        return Job(method, 0.999, seed, None, tmp_path), summary
+
+    rows = collect(
+        [pair("set", 0, 0, False), pair("set", 1, 0, False), pair("rigl", 0, 0.001, True), pair("rigl", 1, 0, False)]
+    )
+    table, sheet = markdown(rows), list(csv.DictReader(as_csv(rows).splitlines()))
+    assert "| set | 10.0 +- 0.0 (0%, dead) |" in table
+    assert "| rigl | 10.0 +- 0.0 (50%, 1 of 2 dead, 1 of 2 diverged) |" in table
+    assert "`+connected`" in table and "`--clip-norm`" in table
+    assert [(row["dead"], row["diverged"]) for row in sheet] == [("2", "0"), ("1", "1")]
+    assert "dead:" not in markdown(collect([pair("rigl", 0, 0.001, False)]))
+
+
+def test_a_comparison_says_what_runs_and_shares_threads_as_the_environment_asks(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("east_plugins.training.compare.SILENCE", 0.01)
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    assert compare(tmp_path, "--methods", "set,rigl", "--sparsities", "0.8") == 0
+    said = capsys.readouterr().err
+    assert said.startswith("first     set-0.8-seed0\nnetwork   cnn with ") and "in all    2 runs, 1 at a time" in said
+    assert "set-0.8-seed0 epoch 1/2" in said and "left in all" in said
+    assert runs.read_config(tmp_path / "rigl-0.8-seed0").threads == 1
+
+
+def test_a_stopped_comparison_leaves_table_and_picture_of_what_is_finished(tmp_path, monkeypatch):
+    def stop(job, summary, number, count):
+        raise KeyboardInterrupt
+
+    with pytest.raises(Interrupted, match="stopped after 1 of 2 runs"):
+        training_compare(["set", "rigl"], [0.8], tmp_path, finished=stop, model="cnn", width=4, epochs=1)
+    assert "| set | " in (tmp_path / "table.md").read_text() and (tmp_path / "accuracy.png").exists()

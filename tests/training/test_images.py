@@ -155,14 +155,28 @@ def test_validation_images_change_with_the_seed():
     assert not torch.equal(a, b)
 
 
-def test_limit_keeps_so_many_training_and_test_images():
+def test_limit_keeps_so_many_training_images_and_all_of_the_test():
     pytest.importorskip("sklearn")
     digits = data.load("digits", limit=100)
-    assert len(digits.train) + len(digits.validation) == len(digits.test) == 100
+    assert len(digits.train) + len(digits.validation) == 100 and len(digits.test) == 359
     assert digits.num_classes == 10
 
 
 # Files
+
+
+def test_a_folder_given_and_not_read_is_refused():
+    with pytest.raises(UsageError, match="`data_dir` elsewhere is not read by `data` digits; .*cifar10"):
+        data.load("digits", "elsewhere")
+
+
+def test_a_folder_one_too_deep_or_too_high_is_recognised(tmp_path):
+    write_folders(tmp_path / "up" / "data", {"train": {"cat": 4, "dog": 3}, "test": {"cat": 1, "dog": 2}})
+    for place in ("up/data", "up/data/train", "up"):
+        assert len(data.load("folder", tmp_path / place, validation=0).test) == 3
+    (tmp_path / "up" / "more").mkdir()
+    with pytest.raises(UsageError, match=r"`data_dir` .*up: train is missing there; it holds data, more"):
+        data.load("folder", tmp_path / "up")
 
 
 def test_folder_reads_every_image_with_its_class(tmp_path):

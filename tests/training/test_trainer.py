@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -17,7 +18,7 @@ from east_plugins.__main__ import main
 from east_plugins.errors import UsageError
 from east_plugins.options.sources import from_flags
 from east_plugins.training import runs
-from east_plugins.training.progress import Progress
+from east_plugins.training.progress import Progress, duration
 from east_plugins.training.trainer import Trainer
 from east_plugins.training.trainer import train as train_run
 
@@ -224,7 +225,8 @@ def test_a_run_that_diverges_says_so(tmp_path, capsys, caplog):
         patch.setattr("torch.nn.functional.cross_entropy", lambda output, y: output.sum() * float("nan"))
         assert train(tmp_path / "r", *flags) == 0
     said = capsys.readouterr().out
-    assert said.endswith("; loss is not finite\n") and "validation" not in said
+    assert said.endswith("; diverged: the loss was not finite, try a smaller --lr or --clip-norm\n")
+    assert "validation" not in said
     assert caplog.text.count("loss is not finite") == 1
     assert "NaN" not in (tmp_path / "r" / "metrics.jsonl").read_text()
     assert [line["loss"] for line in runs.read_metrics(tmp_path / "r")] == [None, None]
@@ -234,7 +236,45 @@ def test_a_folder_with_a_run_in_it_is_not_overwritten(east_run, capsys):
     assert train(east_run, "--epochs", "6") == 2
     assert "--resume" in capsys.readouterr().err
     assert train(east_run, "--epochs", "7", "--resume") == 2
-    assert "another run" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "holds another run: --epochs is 6 in its config.yaml, here it is 7" in said and said.count("\n") == 1
+
+
+def test_resume_goes_on_with_what_is_in_the_folder(east_run, capsys):
+    assert main(["train", "--resume", "--out", str(east_run)]) == 0
+    assert "of epoch" in capsys.readouterr().out
+    assert main(["train", "--resume", "--momentum", "0.5", "--out", str(east_run)]) == 2
+    assert "--momentum is 0.9 in its config.yaml, here it is 0.5" in capsys.readouterr().err
+
+
+def test_a_run_says_what_it_will_do_and_keeps_it_in_its_log(tmp_path, capsys):
+    flags = "--model resnet20 --width 8 --method rigl --density 0.0005 --epochs 2 --limit 160 --threads 1".split()
+    assert main(["train", *flags, "--device", "cpu", "--out", str(tmp_path / "r")]) == 0
+    out, err = capsys.readouterr()
+    lines = err.splitlines()
+    assert [line.split()[0] for line in lines[:5]] == ["network", "method", "data", "schedule", "engine"]
+    assert "resnet20 with 67,848 maskable weights, " in lines[0] and lines[0].endswith(" 0 on a path")
+    assert "images for training" in lines[2] and "359 for the test; 1x16x16, 10 classes" in lines[2]
+    assert "dead: no active weight lies on a path" in out and "try +connected" in out
+    log = (tmp_path / "r" / "log.txt").read_text().splitlines()
+    assert set(lines) < set(log) and sum("computes a constant" in line for line in log) == 1
+
+
+def test_a_long_epoch_is_not_silent(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("east_plugins.training.progress.SILENCE", 0.0)
+    monkeypatch.setattr("east_plugins.training.progress.FIRST_SECONDS", 0.0)
+    flags = "--model cnn --width 4 --method set --density 0.2 --epochs 1 --batch-size 32 --threads 1 --device cpu".split()
+    assert main(["train", *flags, "--out", str(tmp_path / "r")]) == 0
+    said = capsys.readouterr().err
+    assert re.search(r"^about \S+ \S+ by the first 10 steps$", said, re.M)
+    assert re.search(r"^epoch 1/1  step 20/\d+  loss \d\.\d+  train \S+  \S+ \S+ left$", said, re.M)
+
+
+@pytest.mark.parametrize(
+    "seconds, words", [(0, "0 s"), (99, "99 s"), (100, "2 min"), (3600, "60 min"), (11100, "3 h 05 min")]
+)
+def test_durations_are_in_the_words_people_use(seconds, words):
+    assert duration(seconds) == words
 
 
 def test_damaged_runs_are_refused_in_one_line(east_run, tmp_path):
