@@ -263,8 +263,8 @@ def test_a_run_says_what_it_will_do_and_keeps_it_in_its_log(tmp_path, capsys):
 def test_a_long_epoch_is_not_silent(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr("east_plugins.training.progress.SILENCE", 0.0)
     monkeypatch.setattr("east_plugins.training.progress.FIRST_SECONDS", 0.0)
-    flags = "--model cnn --width 4 --method set --density 0.2 --epochs 1 --batch-size 32 --threads 1 --device cpu".split()
-    assert main(["train", *flags, "--out", str(tmp_path / "r")]) == 0
+    flags = "--model cnn --width 4 --method set --density 0.2 --epochs 1 --batch-size 32 --threads 1".split()
+    assert main(["train", *flags, "--device", "cpu", "--out", str(tmp_path / "r")]) == 0
     said = capsys.readouterr().err
     assert re.search(r"^about \S+ \S+ by the first 10 steps$", said, re.M)
     assert re.search(r"^epoch 1/1  step 20/\d+  loss \d\.\d+  train \S+  \S+ \S+ left$", said, re.M)
