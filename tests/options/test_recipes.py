@@ -1,5 +1,6 @@
 """Recipes: the paper's text, and what the authors' own code (ES2) does; its counts to the weight."""
 
+import dataclasses
 import json
 import math
 
@@ -136,3 +137,13 @@ def test_every_setting_of_a_recipe_has_a_source():
 def test_wrong_settings_are_refused(wrong):
     with pytest.raises(UsageError):
         Config(method="rigl", **wrong)
+
+
+def test_recipe_east_is_es2s_with_cycles_that_close_at_the_target():
+    def of(recipe):
+        return Config(method="east", recipe=recipe, model="resnet34", density=0.001, epochs=30).resolve(352)
+
+    es2, east = of("es2"), of("east")
+    assert (es2.east.cyclic_open, east.east.cyclic_open) == (True, False)
+    assert dataclasses.replace(east, recipe="es2", east=dataclasses.replace(east.east, cyclic_open=True)) == es2
+    assert (east.clip_norm, east.clip_norm_of, east.nesterov) == (1.0, "all", True)
