@@ -58,14 +58,20 @@ def _is_memory(error: Exception) -> bool:
     return isinstance(error, MemoryError) or "out of memory" in str(error) or "can't allocate memory" in str(error)
 
 
+def _working_folder_last() -> None:
+    """Rules of one's own, as module:function, lie in the working folder; a `yaml.py` there, in a run folder of somebody
+    else's, must not be found before the installed one."""
+    sys.path[:] = [place for place in sys.path if place not in ("", os.getcwd())] + [os.getcwd()]
+
+
 def _run(argv: list[str]) -> int:
     if not argv or argv[0] in ("-h", "--help"):
         print(f"usage: {program()} COMMAND [flags]   (COMMAND --help lists its flags; --version)\n")
         print("\n".join(f"  {name:<10} {help}" for name, help in COMMANDS.items()))
         print(f"\nexamples:\n  {program()} train --method rigl+connected --out runs/a\n  {program()} analyze runs/a")
         return 0 if argv else 2
-    if not {"", os.getcwd()} & set(sys.path):
-        sys.path.insert(0, "")  # rules of one's own, as module:function, lie in the working folder
+    if argv[0] != "run":  # which sets the path of its script
+        _working_folder_last()
     if argv == ["--version"]:
         print(f"east_plugins {__version__}")
         return 0

@@ -9,7 +9,7 @@ from typing import Any
 
 from ..errors import UsageError
 from ..ops import text
-from .parsing import parser
+from .parsing import add_trust, parser
 
 
 def main(argv: Sequence[str]) -> int:
@@ -29,6 +29,7 @@ def main(argv: Sequence[str]) -> int:
                        "drawn at random, the same for all runs (default: 256)")  # fmt: skip
     parse.add_argument("--layers", action="store_true", help="a table of layers for each run, too")
     parse.add_argument("--json", action="store_true", help="one JSON object in place of the tables")
+    add_trust(parse)
     args = parse.parse_args(argv)
     if args.images < 2:
         raise UsageError(f"--images must be at least 2, got {args.images}")

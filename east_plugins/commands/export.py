@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from ..errors import UsageError
 from ..ops.files import write_atomically
 from ..options import flags
-from .parsing import parser
+from .parsing import add_trust, parser
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -89,4 +89,5 @@ def _parser() -> flags.Parser:
     parse.add_argument("--name", metavar="NAME", help="c: the function is called NAME_run (default: name of --out)")
     parse.add_argument("--data-dir", metavar="DIR", help="folder of the test images (default: the run's)")
     parse.add_argument("--check", type=int, default=64, metavar="N", help="images to check with (default: 64)")
+    add_trust(parse)
     return parse

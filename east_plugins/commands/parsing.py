@@ -16,6 +16,20 @@ def program() -> str:
     return name if name == "east" else "python -m east_plugins"
 
 
+def add_trust(parse: argparse.ArgumentParser) -> None:
+    """Add `--trust`: by itself nothing is imported that a run's files name as module:name."""
+    parse.add_argument(
+        "--trust", type=_trusted, action="append", metavar="MODULE:NAME", help="a plugin of your own that the runs name"
+    )
+
+
+def _trusted(name: str) -> str:
+    from ..plugins import registry
+
+    registry.trust([name])
+    return name
+
+
 def parser(command: str, description: str, *examples: str, late: flags.Late | None = None) -> flags.Parser:
     """The parser of `command`; `examples` are what may follow the program's name, `late` is as in `flags.Parser`."""
     lines = "\n".join(f"  {program()} {example}" for example in examples)

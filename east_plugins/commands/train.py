@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from ..options import flags, sources
+from ..options import flags, plugged, sources
 from . import parsing
 
 
@@ -24,8 +24,13 @@ def main(argv: Sequence[str]) -> int:
     given = vars(parser.parse_args(argv))
     out, resume, quiet = (given.pop(name) for name in ("out", "resume", "quiet"))
     if resume and given.get("config") is None and (out / "config.yaml").is_file():
-        given["config"] = out / "config.yaml"  # what is not said is as it was
-    options = sources.from_flags(given)
+        from ..plugins import registry
+
+        registry.trust(given.get(name) for name in plugged.BY_SETTING)
+        with registry.names_of_a_file():  # what is not said is as it was
+            options = sources.from_flags({**given, "config": out / "config.yaml"})
+    else:
+        options = sources.from_flags(given)
     from ..training.trainer import DEAD, train  # PyTorch is not waited for where a flag is wrong
 
     summary = train(options, out, resume, quiet)

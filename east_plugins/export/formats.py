@@ -60,19 +60,30 @@ def to_onnx(
 def load_sparse(path: str | Path, model: nn.Module | None = None) -> tuple[nn.Module, dict[str, Tensor]]:
     """The network of a file made by `to_safetensors`, bit for bit, in evaluation mode, and its masks.
 
-    Without `model`, the network is built as the configuration that `export` puts into the file says. Raises
-    `UsageError` where the file is missing, damaged, or of another network.
+    Without `model`, the network is built as the configuration that `export` puts into the file says; plugins that it
+    names as `module:attribute` are imported only where they were given to `registry.trust` before. Raises `UsageError`
+    where the file is missing, damaged, or of another network.
     """
     state, masks, network = read_safetensors(path)
     if model is None:
         from ..options import sources
+        from ..plugins import registry
         from ..training import runs
 
         if "config" not in network:
             raise UsageError(f"{path} does not say which network it is of: pass the model to load_sparse")
-        asked = sources.from_flags({key.replace("-", "_"): value for key, value in network["config"].items()})
-        options = asked.resolve(network.get("steps_per_epoch", LONG))
-        model = runs.build_model(options, network["classes"], tuple(network["input_shape"]))
+        try:
+            config = {str(key).replace("-", "_"): value for key, value in network["config"].items()}
+            if "config" in config:
+                raise UsageError(f"{path} names another file to read its settings from, which is not done")
+            with registry.names_of_a_file():
+                options = sources.from_flags(config).resolve(network.get("steps_per_epoch", LONG))
+                model = runs.build_model(options, network["classes"], tuple(network["input_shape"]))
+        except UsageError:
+            raise
+        except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
+            reason = " ".join(str(error).split())[:120]
+            raise UsageError(f"{path} is damaged: what it says of its network cannot be ({reason})") from error
     try:
         model.load_state_dict(state)
     except RuntimeError as error:

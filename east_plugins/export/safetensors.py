@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -12,9 +13,12 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import MissingExtraError, UsageError
+from ..ops.files import digest
 from .unwrapped import unwrapped
 
-FORMAT = "east_plugins sparse 1"
+FORMAT = "east_plugins sparse 2"
+WITHOUT_DIGEST = "east_plugins sparse 1"  # files of version 0.1
+LARGEST = 2**34  #: weights that a file may say it holds
 VALUES, GAPS = ".values", ".gaps"
 
 
@@ -47,6 +51,7 @@ def to_safetensors(model: nn.Module, masks: Mapping[str, Tensor], metadata: Mapp
         else:
             tensors[name] = tensor
     header = {"format": FORMAT, "shapes": shapes, "aliases": aliases, "network": dict(metadata or {})}
+    header["digest"] = _digest(tensors, header)
     return _torch().save(tensors, {key: json.dumps(value) for key, value in header.items()})
 
 
@@ -64,14 +69,24 @@ def read_safetensors(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Ten
             state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except (OSError, ValueError, safetensors.SafetensorError) as error:
         raise UsageError(f"{path} cannot be read as safetensors: {' '.join(str(error).split())}") from error
-    if header.get("format") != FORMAT:
+    if header.get("format") not in (FORMAT, WITHOUT_DIGEST):
         raise UsageError(f"{path} is no file of export --format safetensors")
+    if header["format"] == FORMAT and header.pop("digest", None) != _digest(state, header):
+        raise UsageError(f"{path} is damaged: its content is not what its digest is of")
     try:
+        if sum(math.prod(shape) for shape in header["shapes"].values()) > LARGEST:
+            raise UsageError(f"{path} says that it holds more than {LARGEST:,} weights, the most that is read")
         masks = _fill(state, header["shapes"])
         state |= {name: state[first] for name, first in header["aliases"].items()}
         return state, masks, header["network"]
-    except (KeyError, IndexError, RuntimeError) as error:
+    except (KeyError, IndexError, RuntimeError, TypeError, AttributeError) as error:
         raise UsageError(f"{path} is damaged: its tensors do not fit its metadata ({error})") from error
+
+
+def _digest(tensors: Mapping[str, Tensor], header: Mapping[str, Any]) -> str:
+    """Of everything in a file: tensors by name, and the header without its digest."""
+    said = torch.frombuffer(bytearray(json.dumps(header, sort_keys=True), "utf-8"), dtype=torch.uint8)
+    return digest({**tensors, "the header": said})
 
 
 def _fill(state: dict[str, Tensor], shapes: Mapping[str, list[int]]) -> dict[str, Tensor]:

@@ -27,6 +27,8 @@ SIZES = dict(
     channels=(1, 4096), repeats=(1, 2**20),
 )  # fmt: skip
 
+LARGEST_YAML = 2**20  #: bytes of a configuration file
+
 #: Called with a parser, what is known of its arguments, and the flags among them that it does not know.
 Late = Callable[[argparse.ArgumentParser, argparse.Namespace, list[str]], None]
 
@@ -157,8 +159,14 @@ def read_yaml(path: str | Path, flag: str) -> dict[str, Any]:
     if not str(path):
         raise UsageError(f"{flag} is empty: it must name a YAML file")
     try:
-        content = yaml.safe_load(Path(path).read_text())
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        with open(path, "rb") as file:
+            text = file.read(LARGEST_YAML + 1).decode()
+        if len(text) > LARGEST_YAML:
+            raise UsageError(f"{flag} {path} is larger than {LARGEST_YAML:,} bytes, the most that is read")
+        if any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text, yaml.SafeLoader)):
+            raise UsageError(f"{flag} {path} repeats parts of itself by * and &, which is not allowed: write them out")
+        content = yaml.safe_load(text)
+    except (OSError, UnicodeDecodeError, RecursionError, yaml.YAMLError) as error:
         reason = getattr(error, "strerror", None) or " ".join(str(error).split())
         raise UsageError(f"{flag} {path} cannot be read as YAML: {reason}") from error
     if not isinstance(content, dict):

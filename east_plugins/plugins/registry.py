@@ -10,7 +10,8 @@ import inspect
 import logging
 import pkgutil
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextvars import ContextVar
 from dataclasses import dataclass, field
 from importlib.metadata import EntryPoint, entry_points
 from typing import Any, Generic, Protocol, TypeVar, overload
@@ -23,6 +24,27 @@ logger = logging.getLogger(__name__)
 
 P = TypeVar("P")
 C = TypeVar("C")
+
+
+#: `module:attribute` names that the user of this process gave himself, or that were looked up at his word.
+_trusted: set[str] = set()
+_of_a_file: ContextVar[bool] = ContextVar("names come from a file", default=False)
+
+
+def trust(names: Iterable[str | None]) -> None:
+    """Say that the user himself names these plugins: a file that is read later may name them too."""
+    _trusted.update(name for name in names if name)
+
+
+@contextlib.contextmanager
+def names_of_a_file() -> Iterator[None]:
+    """In the block, names come from a file that anybody may have written: of `module:attribute` only those are imported
+    that the user named himself (`trust`). Built-in and installed plugins are found as always."""
+    token = _of_a_file.set(True)
+    try:
+        yield
+    finally:
+        _of_a_file.reset(token)
 
 
 @dataclass(frozen=True)
@@ -115,7 +137,14 @@ class Registry(Generic[P]):
         if found := self._entries.get(_key(name)):
             return found
         if ":" in name:
-            return self._import(name)
+            if _of_a_file.get() and name not in _trusted:
+                raise UsageError(
+                    f"{self.kind} {name!r} stands in a file that is read, and nothing is imported on a file's word; "
+                    "allowed are built-in and installed plugins, and what is named by hand"
+                )
+            found = self._import(name)
+            trust([name])
+            return found
         if reason := self._broken.get(_key(name)):
             raise UsageError(f"{self.kind} {name!r} {reason}")
         raise UnknownNameError(self.kind, name, self.names())
@@ -162,8 +191,28 @@ class Registry(Generic[P]):
             obj = getattr(importlib.import_module(module), attribute)
         except Exception as error:  # whatever the user's module raises
             raise UsageError(f"{self.kind} {spec!r} cannot be imported: {_one_line(error)}") from error
+        if reason := _misfit(obj, self.kind):
+            raise UsageError(f"{self.kind} {spec!r} {reason}")
         declared = getattr(obj, "east_meta", {})
         return _entry(spec, obj, None, spec, declared)
+
+
+#: Kinds whose functions are called with one argument and nothing else.
+_CALLED_WITH_ONE = ("growth", "pruning", "redistribution", "activation")
+
+
+def _misfit(obj: Any, kind: str) -> str | None:
+    """Why an object is no plugin of its kind, as far as it can be told without calling it."""
+    if not callable(obj):
+        return f"is no {kind} plugin: it cannot be called"
+    if inspect.isbuiltin(obj) or getattr(obj, "__module__", None) == "builtins":
+        return f"is a built-in of Python and no {kind} plugin; allowed are functions and classes written for it"
+    if kind in _CALLED_WITH_ONE and inspect.isfunction(obj):
+        try:
+            inspect.signature(obj).bind(None)
+        except TypeError as error:
+            return f"cannot be called as a {kind} plugin, with one argument: {error}"
+    return None
 
 
 def _key(name: str) -> str:

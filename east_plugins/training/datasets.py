@@ -119,17 +119,23 @@ def unpickle(path: Path) -> dict:
     try:
         with open(path, "rb") as file:
             return _ArrayUnpickler(file, encoding="latin1").load()
-    except (pickle.UnpicklingError, EOFError) as error:
-        raise UsageError(f"`data_dir`: {path} is damaged: {error}") from error
+    except (UsageError, OSError):
+        raise
+    except Exception as error:  # broken bytes lead a pickle to whatever there is
+        reason = " ".join(f"{type(error).__name__}: {error}".split())[:120]
+        raise UsageError(f"`data_dir`: {path} is damaged: {reason}") from error
 
 
 class _ArrayUnpickler(pickle.Unpickler):
     """Builds arrays and plain values only: a pickle that nobody has checked could run anything."""
 
-    ALLOWED = {("numpy", "_reconstruct"), ("numpy", "ndarray"), ("numpy", "dtype"), ("_codecs", "encode")}
+    ALLOWED = {
+        ("numpy.core.multiarray", "_reconstruct"), ("numpy._core.multiarray", "_reconstruct"),
+        ("numpy", "ndarray"), ("numpy", "dtype"), ("_codecs", "encode"),
+    }  # fmt: skip
 
     def find_class(self, module: str, name: str):
-        if (module.split(".")[0], name) in self.ALLOWED:
+        if (module, name) in self.ALLOWED:
             return super().find_class(module, name)
         raise UsageError(f"`data_dir`: a CIFAR file holds {module}.{name}; expected are arrays and lists only")
 

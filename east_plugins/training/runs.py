@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import platform
 from dataclasses import dataclass
@@ -56,10 +57,13 @@ def write_config(folder: Path, options: Resolved) -> None:
 
 
 def read_config(folder: Path) -> Config:
-    """The options in a run's `config.yaml`; raises `UsageError` where there are none."""
+    """The options in a run's `config.yaml`; raises `UsageError` where there are none, or where they name a plugin as
+    `module:attribute` that the user did not name himself (`registry.trust`)."""
     if not (folder / CONFIG).is_file():
         raise UsageError(f"{folder} is no run directory: it has no {CONFIG}")
-    return sources.from_flags({"config": folder / CONFIG})
+    with registry.names_of_a_file():
+        found = sources.from_flags({"config": folder / CONFIG})
+    return dataclasses.replace(found, download=False)  # nothing is fetched on a file's word
 
 
 def read_summary(folder: Path) -> dict[str, Any] | None:
