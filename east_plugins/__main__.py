@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import importlib
 import os
 import sys
@@ -43,6 +44,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 
         print(f"east_plugins: {spoken(str(error))}", file=sys.stderr)
         return 130 if isinstance(error, Interrupted) else 2
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.EFBIG):
+            raise
+        print(f"east_plugins: {error.filename or 'a file'} cannot be written: {error.strerror}", file=sys.stderr)
+        return 2
     except (MemoryError, RuntimeError) as error:
         if not _is_memory(error):
             raise

@@ -121,8 +121,8 @@ def test_modules_that_lie_in_the_folder_are_not_taken_for_installed_ones(module,
 
 @pytest.mark.parametrize(
     ("flag", "name"),
-    [("--growth", "os:system"), ("--growth", "os:_exit"), ("--death", "builtins:id"),
-     ("--east-dyrelu-type", "os:close"), ("--transform", "builtins:id"), ("--redistribution", "builtins:print"), ("--growth", "math:pi"),
+    [("--growth", "os:system"), ("--growth", "os:_exit"), ("--growth", "math:pi"), ("--death", "builtins:id"),
+     ("--east-dyrelu-type", "os:close"), ("--transform", "builtins:id"), ("--redistribution", "builtins:print"),
      ("--sparse-init", "builtins:dict")],
 )  # fmt: skip
 def test_names_that_are_no_plugin_are_not_called(flag, name, tmp_path, capsys):

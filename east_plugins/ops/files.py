@@ -5,14 +5,19 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import os
+import platform
+import zipfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..errors import UsageError
+from ..errors import EastError, UsageError
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+
+LOCK = ".lock"
 
 
 @contextlib.contextmanager
@@ -55,12 +60,74 @@ def write_atomically(path: Path, content: bytes | str) -> None:
         unfinished.write_bytes(content.encode() if isinstance(content, str) else content)
 
 
-def save_checkpoint(path: Path, state: Mapping[str, Any]) -> None:
-    """`torch.save`, complete or not at all."""
+def save_checkpoint(path: Path, state: Mapping[str, Any], previous: Path | None = None) -> None:
+    """`torch.save`, complete or not at all; what was there before is kept as `previous`, where the disk can.
+
+    Raises `EastError` where it cannot be written; what was there before is there still.
+    """
     import torch  # what only writes text does not wait for it
 
-    with replacing(path) as unfinished:
-        torch.save(state, unfinished)
+    try:
+        with replacing(path) as unfinished:
+            torch.save(state, unfinished)
+            if previous is not None:
+                _keep(path, previous)
+    except (OSError, RuntimeError) as error:  # torch's writer raises the latter on a full disk
+        reason = getattr(error, "strerror", None) or " ".join(str(error).split())[:120]
+        before = "; the checkpoint before it is whole" if path.exists() else ""
+        raise EastError(f"{path} cannot be written: {reason}{before}") from error
+
+
+def _keep(path: Path, previous: Path) -> None:
+    """Give the file at `path` the name `previous`, too."""
+    link = previous.with_name(f".{previous.stem}.{os.getpid()}.part{previous.suffix}")
+    with contextlib.suppress(OSError):  # no file there yet, or a disk without links: one checkpoint is kept then
+        os.link(path, link)
+        os.replace(link, previous)
+
+
+def check_archive(path: Path) -> None:
+    """Raises `ValueError` where a part of a file of `torch.save` is not what was written, by its checksum."""
+    with zipfile.ZipFile(path) as archive:
+        if damaged := archive.testzip():
+            raise ValueError(f"its part {damaged} is damaged")
+
+
+@contextlib.contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """The folder is this process's for the block; raises `UsageError` where it is another one's. A process that dies
+    leaves no lock behind."""
+    try:
+        import fcntl
+    except ImportError:  # not on every platform
+        yield
+        return
+    path = folder / LOCK
+    while True:
+        file = open(path, "a+")  # noqa: SIM115
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.seek(0)
+            holder = file.read().strip()
+            file.close()
+            raise UsageError(
+                f"`out` {folder} is in use by {holder or 'another process'}: wait for it, or choose another folder"
+            ) from None
+        except OSError:  # a file system without locks
+            break
+        with contextlib.suppress(OSError):
+            if os.path.samestat(os.fstat(file.fileno()), os.stat(path)):  # not one that its holder has just removed
+                break
+        file.close()
+    try:
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {platform.node()}")
+        file.flush()
+        yield
+    finally:
+        path.unlink(missing_ok=True)
+        file.close()
 
 
 def check_folder(out: Path) -> None:

@@ -12,6 +12,7 @@ from torch import Tensor
 
 #: Marks a dictionary that stands for a tensor; its value is the version of the form.
 KEY = "__packed__"
+LARGEST = 2**33  #: numbers in one packed tensor: a file of few bytes must not take all memory
 _SMALLEST = 1024  # smaller tensors gain nothing
 _INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
@@ -77,6 +78,8 @@ def _unpacked(form: Mapping[str, Any]) -> Tensor:
         raise ValueError(f"packed tensors of version {form[KEY]}, known is 1: a newer east_plugins wrote them")
     shape = form["shape"]
     numel = math.prod(shape)
+    if not 0 <= numel <= LARGEST:
+        raise ValueError(f"packed tensor of shape {shape}; the most that is read are {LARGEST:,} numbers")
     if "bits" in form:
         weights = 2 ** torch.arange(8, dtype=torch.uint8, device=form["bits"].device)
         bits = (form["bits"][:, None] & weights).bool().flatten()

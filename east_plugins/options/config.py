@@ -131,6 +131,14 @@ class Config:
     )  # fmt: skip
     weight_decay: float = option(1e-4, "L2 regularisation", type=float, aliases=["--l2"])
     seed: int = option(0, "seed of everything random", type=int)
+    on_nonfinite: str = option(
+        "warn", "a loss that is NaN or infinite: stop, where no such network is saved, or warn at the epoch's end",
+        choices=["warn", "stop"],
+    )  # fmt: skip
+    save_every: float | None = option(
+        None, "minutes between checkpoints, inside epochs too (default: at ends of epochs, 30 seconds or more apart)",
+        type=float, metavar="MIN",
+    )  # fmt: skip
     device: str | None = option(None, "cpu, cuda, cuda:1, ... (default: cuda where there is one)")
     threads: int | None = option(None, "CPU threads (default: PyTorch's choice)", type=int)
     engine: str = option(
@@ -157,6 +165,8 @@ class Config:
             raise UsageError(
                 f"`nesterov` needs `optimizer` sgd and `momentum` over 0, got {self.optimizer} and {self.momentum:g}"
             )
+        if self.save_every is not None and not 0 <= self.save_every < math.inf:
+            raise UsageError(f"`save_every` must be minutes from 0, got {self.save_every}")
         if self.clip_norm is not None and not 0 < self.clip_norm < math.inf:
             raise UsageError(f"`clip_norm` must be over 0, got {self.clip_norm}")
         if self.clip_norm_of is not None and self.decided("clip_norm") is None:

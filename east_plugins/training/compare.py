@@ -3,21 +3,26 @@
 from __future__ import annotations
 
 import csv
+import functools
 import io
+import logging
 import multiprocessing
 import os
+import signal
 import statistics
 import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
+from multiprocessing import connection
 from pathlib import Path
 from typing import Any
 
-from ..errors import Interrupted, UsageError
-from ..ops import figures
+from ..errors import EastError, Interrupted, UsageError
+from ..ops import figures, files
 from ..ops import text as tables
 from ..options import sources
 from ..options.config import Config
@@ -26,6 +31,10 @@ from . import pictures, runs
 from .progress import SILENCE, duration, plan
 from .trainer import Trainer, check_same, train
 from .trainer import finished as ended
+
+logger = logging.getLogger(__name__)
+
+GRACE = 30.0  #: seconds that a run has for saving where its parent has died
 
 CAPTION = (
     "Test accuracy in %, mean +- standard deviation over seeds; in brackets the share of the active weights that lies "
@@ -115,8 +124,8 @@ def compare(
 ) -> list[Row]:
     """Train every method at every sparsity with every seed; write `table.md`, `table.csv` and `accuracy.png` to `out`.
 
-    The same command again goes on where it was stopped. Raises `UsageError` for what cannot be, before any work, and
-    `Interrupted` on Ctrl-C.
+    The same command again goes on where it was stopped. A run that fails stops no other. Raises `UsageError` for what
+    cannot be, before any work, `Interrupted` on Ctrl-C, and in the end `EastError` where a run failed.
 
     Args:
         methods: names as `train` takes them, such as `rigl+connected`.
@@ -139,15 +148,23 @@ def compare(
     say(f"in all    {len(todo)} runs, {min(workers, len(todo))} at a time, in {out}; a line when one is finished")
     runs.make_folder(out)
     summaries: list[tuple[Job, dict[str, Any]]] = []
+    failed: list[str] = []
     try:
-        with Watch(todo, say):
-            for job, summary in run(todo, workers):
-                summaries.append((job, summary))
+        with files.locked(out), Watch(todo, say):
+            for job, result in run(todo, workers):
+                if isinstance(result, Exception):
+                    failed.append(f"{job.out.name}: {' '.join(f'{type(result).__name__}: {result}'.split())}")
+                    say(f"failed    {failed[-1]}")
+                    continue
+                summaries.append((job, result))
                 write(out, todo, summaries)
                 if finished is not None:
-                    finished(job, summary, len(summaries), len(todo))
+                    finished(job, result, len(summaries), len(todo))
     except (KeyboardInterrupt, Interrupted):
         raise Interrupted(f"stopped after {len(summaries)} of {len(todo)} runs; the same command goes on") from None
+    if failed:
+        table = f"the others are in {out / 'table.md'}; " if summaries else ""
+        raise EastError(f"{len(failed)} of {len(todo)} runs failed; {table}the same command tries again; {failed[0]}")
     return write(out, todo, summaries)
 
 
@@ -229,24 +246,76 @@ def check(todo: Sequence[Job]) -> list[str]:
     return [f"first     {unfinished[0].out.name}", *lines]
 
 
-def run(todo: Sequence[Job], workers: int = 1) -> Iterator[tuple[Job, dict[str, Any]]]:
-    """Train what is not finished yet; yields every job with its summary, those that were finished first."""
+def run(todo: Sequence[Job], workers: int = 1) -> Iterator[tuple[Job, dict[str, Any] | Exception]]:
+    """Train what is not finished yet; yields every job with its summary, those that were finished first, or with what
+    it failed of. A run whose process dies is tried once more."""
     summaries = {job.out: ended(job.options, job.out) for job in todo}
     yield from ((job, summary) for job in todo if (summary := summaries[job.out]) is not None)
     todo = [job for job in todo if summaries[job.out] is None]
     if workers == 1 or len(todo) < 2:
         for job in todo:
-            yield job, train(job.options, job.out, resume=True, quiet=True)
+            yield job, _result(functools.partial(train, job.options, job.out, resume=True, quiet=True))
         return
+    waiting, again = deque(todo), set[Path]()
+    while waiting:
+        broken: list[tuple[Job, Exception]] = []
+        for job, result in _side_by_side(waiting, workers):
+            if isinstance(result, BrokenProcessPool):
+                broken.append((job, result))
+            else:
+                yield job, result
+        for job, error in broken:
+            if job.out in again:
+                yield job, error
+            else:
+                again.add(job.out)
+                waiting.append(job)
+
+
+def _side_by_side(waiting: deque[Job], workers: int) -> Iterator[tuple[Job, dict[str, Any] | Exception]]:
+    """Train `waiting` in processes, until none is left or one of the processes has died."""
     spawn = multiprocessing.get_context("spawn")
-    waiting, running = deque(todo), dict[Future[dict[str, Any]], Job]()
-    with ProcessPoolExecutor(workers, mp_context=spawn) as pool:
-        while waiting or running:
-            while waiting and len(running) < workers:  # one more, and the pool would start it after Ctrl-C
-                job = waiting.popleft()
-                running[pool.submit(train, job.options, job.out, True, True)] = job
+    running: dict[Future[dict[str, Any]], Job] = {}
+    broken = False
+    with ProcessPoolExecutor(workers, mp_context=spawn, initializer=_end_with_parent) as pool:
+        while running or (waiting and not broken):
+            while waiting and len(running) < workers and not broken:  # one more, and it would start after Ctrl-C
+                job = waiting[0]
+                try:
+                    running[pool.submit(train, job.options, job.out, True, True)] = job
+                except BrokenProcessPool:
+                    broken = True
+                    break
+                waiting.popleft()
             for future in wait(running, return_when=FIRST_COMPLETED).done:
-                yield running.pop(future), future.result()
+                result = _result(future.result)
+                broken = broken or isinstance(result, BrokenProcessPool)
+                yield running.pop(future), result
+
+
+def _result(of: Callable[[], dict[str, Any]]) -> dict[str, Any] | Exception:
+    """What a run gives, or what it fails of; Ctrl-C is no failure."""
+    try:
+        return of()
+    except Interrupted:
+        raise
+    except Exception as error:  # whatever a run, or a plugin of somebody else's in it, raises
+        logger.debug("a run failed", exc_info=error)
+        return error
+
+
+def _end_with_parent() -> None:
+    """In a worker: where the process that started it dies, save and end, as on Ctrl-C."""
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        threading.Thread(target=_wait_for_end, args=(parent.sentinel,), daemon=True).start()
+
+
+def _wait_for_end(sentinel: int) -> None:
+    connection.wait([sentinel])
+    signal.raise_signal(signal.SIGINT)  # taken by the main thread
+    time.sleep(GRACE)
+    os._exit(130)
 
 
 def collect(summaries: Sequence[tuple[Job, dict[str, Any]]]) -> list[Row]:

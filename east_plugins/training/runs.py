@@ -26,17 +26,23 @@ from ..plugins.transform.quiet import silence
 from . import images, models
 
 CONFIG, METRICS, SUMMARY, CHECKPOINT = "config.yaml", "metrics.jsonl", "summary.json", "checkpoint.pt"
+PREVIOUS = "checkpoint.previous.pt"  #: the checkpoint before the last one
 
 
 def save_checkpoint(path: Path, state: dict[str, Any]) -> None:
-    """Write a checkpoint, complete or not at all; what is mostly zero takes its active values' space."""
-    files.save_checkpoint(path, pack(state))
+    """Write a checkpoint, complete or not at all; what is mostly zero takes its active values' space. The one before it
+    is kept."""
+    files.save_checkpoint(path, pack(state), path.with_name(PREVIOUS))
 
 
 def load_checkpoint(path: Path, device: torch.device | str = "cpu") -> dict[str, Any]:
     """A checkpoint's tensors and plain values; raises `UsageError` where it is missing or damaged."""
     try:
-        return unpack(torch.load(path, map_location=device, weights_only=True))
+        files.check_archive(path)
+        state = unpack(torch.load(path, map_location=device, weights_only=True))
+        if not isinstance(state, dict):
+            raise ValueError(f"it holds a {type(state).__name__}")
+        return state
     except FileNotFoundError as error:
         raise UsageError(f"{path} does not exist; expected is the folder of a run") from error
     except Exception as error:  # torch raises whatever the broken bytes lead it to
@@ -69,15 +75,20 @@ def read_config(folder: Path) -> Config:
 def read_summary(folder: Path) -> dict[str, Any] | None:
     """A finished run's `summary.json`, or None."""
     try:
-        return json.loads((folder / SUMMARY).read_text())
-    except (OSError, json.JSONDecodeError):
+        found = json.loads((folder / SUMMARY).read_text())
+        known = {name: found[name] for name in ("steps", "epochs", "classes", "nonzeros")}
+    except (OSError, ValueError, RecursionError, KeyError, TypeError):
         return None
+    return found if all(type(value) is int and value > 0 for value in known.values()) else None
 
 
 def read_metrics(folder: Path) -> list[dict[str, Any]]:
     """The lines of `metrics.jsonl`, one an epoch."""
     path = folder / METRICS
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
+    try:
+        return [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
+    except ValueError as error:
+        raise UsageError(f"{path} is damaged: {error}") from error
 
 
 def build_model(options: Resolved, num_classes: int, input_shape: tuple[int, int, int]) -> nn.Module:
@@ -185,7 +196,7 @@ def load_run(folder: str | Path) -> Run:
 
 
 #: Settings that say where and how a run is computed, not what it is.
-_ELSEWHERE = {"device", "threads", "download"}
+_ELSEWHERE = {"device", "threads", "download", "save_every", "on_nonfinite"}
 
 
 def difference(a: Resolved, b: Resolved) -> tuple[str, Any, Any] | None:

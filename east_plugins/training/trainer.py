@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import contextlib
 import copy
+import functools
 import json
 import logging
 import math
-import signal
+import os
 import sys
 import time
-from collections.abc import Iterator
+import zlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,16 +19,18 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..errors import Interrupted, UsageError
+from ..errors import EastError, Interrupted, UsageError
 from ..host import presets
 from ..host.masking import Masking
-from ..ops import memory
+from ..ops import files, memory
 from ..ops.paths import effective_density, on_path
 from ..options.config import Config, Resolved
+from ..plugins import registry
 from ..sparse import Engine
 from . import runs
 from .graphed import GraphedStep
-from .images import Data
+from .images import Data, Images
+from .interrupts import Interrupt, caught
 from .progress import Progress
 
 logger = logging.getLogger(__name__)
@@ -46,9 +48,14 @@ def train(options: Config, out: str | Path, resume: bool = False, quiet: bool = 
         train(Config(method="rigl+connected", model="resnet20", density=0.01, epochs=12), "runs/a")
 
     With `resume` an unfinished run in `out` goes on where it stopped, and a finished one is only read. Raises
-    `UsageError` for what cannot be (before anything is written) and `Interrupted` after saving on Ctrl-C.
+    `UsageError` for what cannot be (before anything is written), where another process trains in `out`, and in a
+    process of several (torchrun); `Interrupted` after saving on Ctrl-C, SIGTERM and SIGHUP; `EastError` where a file
+    cannot be written, or where the loss is not finite and `on_nonfinite` says stop.
     """
     out = Path(out)
+    if (ranks := os.environ.get("WORLD_SIZE", "1")) != "1":
+        raise UsageError(f"train runs in one process, and WORLD_SIZE is {ranks}: start it without torchrun")
+    registry.trust(options.chosen().values())
     runs.check_folder(out)
     if (out / runs.CONFIG).exists() and not resume:
         raise UsageError(f"`out` {out} holds a run already; add `resume` to go on with it, or choose another folder")
@@ -59,14 +66,17 @@ def train(options: Config, out: str | Path, resume: bool = False, quiet: bool = 
     if runs.device(options.device).type == "cpu":
         memory.keep_freed()
     trainer = Trainer(options, out)
-    if resume:
-        trainer.restore()
     runs.make_folder(out)
-    runs.write_config(out, trainer.options)
-    with _catch_interrupt() as interrupt, Progress(trainer, quiet) as progress:
-        while trainer.epoch < trainer.options.epochs:
-            trainer.run_epoch(interrupt, progress)
-        return trainer.finish()
+    with files.locked(out):
+        if (out / runs.CONFIG).exists() and not resume:  # made meanwhile
+            raise UsageError(f"`out` {out} holds a run already; choose another folder")
+        if resume:
+            trainer.restore()
+        runs.write_config(out, trainer.options)
+        with caught() as interrupt, Progress(trainer, quiet) as progress:
+            while trainer.epoch < trainer.options.epochs:
+                trainer.run_epoch(interrupt, progress)
+            return trainer.finish()
 
 
 def finished(options: Config, out: Path) -> dict[str, Any] | None:
@@ -109,10 +119,9 @@ class Totals:
         return float(self.correct) / max(1, self.images)
 
 
-class Interrupt:
-    """Whether Ctrl-C was pressed."""
-
-    pressed = False
+#: What every checkpoint has.
+_STATE = ("model", "optimizer", "scheduler", "host", "engine", "beta", "best", "epoch", "step_in_epoch", "seconds",
+          "totals", "epoch_generator", "rng")  # fmt: skip
 
 
 class Trainer:
@@ -163,9 +172,10 @@ class Trainer:
             self._step(x, y)
             self.step_in_epoch += 1
             progress.step()
-            if interrupt.pressed:
-                self.seconds += time.monotonic() - began
+            if interrupt.pressed or self._save_is_due():
+                self.seconds, began = self.seconds + time.monotonic() - began, time.monotonic()
                 self.save()
+            if interrupt.pressed:
                 raise Interrupted(f"stopped in epoch {self.epoch + 1}; go on with --resume --out {self.out}")
         self.epoch_generator = self.generator.get_state()
         self.epoch, self.step_in_epoch = self.epoch + 1, 0
@@ -183,15 +193,26 @@ class Trainer:
         self.dead = line["effective_density"] == 0
         with open(self.out / runs.METRICS, "a") as file:
             file.write(json.dumps(line) + "\n")
-        if self.epoch == options.epochs or time.monotonic() - self.saved >= SAVE_EVERY:
+        due = time.monotonic() - self.saved >= SAVE_EVERY if options.save_every is None else self._save_is_due()
+        if self.epoch == options.epochs or due:
             self.save()
         progress.epoch(line)
+
+    def _save_is_due(self) -> bool:
+        """Whether `save_every` minutes have passed."""
+        minutes = self.options.save_every
+        return minutes is not None and time.monotonic() - self.saved >= 60 * minutes
 
     def _step(self, x: Tensor, y: Tensor) -> None:
         if self.graphed is None:
             loss, correct = self._gradients(x, y)
         else:
             loss, correct = self.graphed(x, y, self.phased and self.phased.phase)
+        if self.options.on_nonfinite == "stop" and not math.isfinite(float(loss)):
+            raise EastError(
+                f"epoch {self.epoch + 1}, step {self.step_in_epoch + 1}: the loss is {float(loss)}; the last "
+                "checkpoint is from before; try a smaller `lr`, or `clip_norm`"
+            )
         if self.options.clip_norm is not None:
             self.host.clip_grad_norm_(self.options.clip_norm, of=self.options.clip_norm_of or "all")
         self.host.step()
@@ -316,6 +337,7 @@ class Trainer:
                 "totals": {name: float(value) for name, value in vars(self.totals).items()},
                 "seconds": self.seconds,
                 "diverged": self.diverged,
+                "data": self.data_crc,
                 "rng": torch.get_rng_state(),
                 "cuda_rng": torch.cuda.get_rng_state(self.device) if self.device.type == "cuda" else None,
             },
@@ -325,11 +347,51 @@ class Trainer:
     def restore(self) -> None:
         """Take up the checkpoint in `out`; without one the run begins anew. Raises `UsageError` where it is another
         run's."""
-        if not (self.out / runs.CHECKPOINT).exists():
+        there = [name for name in (runs.CHECKPOINT, runs.PREVIOUS) if (self.out / name).exists()]
+        if not there:
             _cut_metrics(self.out / runs.METRICS, 0)
             return
         check_same(self.out, self.options)
-        state = runs.load_checkpoint(self.out / runs.CHECKPOINT, self.device)
+        for name in there:
+            try:
+                state = self._checked(runs.load_checkpoint(self.out / name, self.device), self.out / name)
+                break
+            except UsageError as error:
+                if name == there[-1]:
+                    raise
+                logger.warning("%s; going on from the one before it, %s", error, runs.PREVIOUS)
+        try:
+            self._take_up(state)
+        except (KeyError, TypeError, ValueError, RuntimeError, AttributeError, IndexError) as error:
+            reason = " ".join(str(error).split())[:160]
+            raise UsageError(f"{self.out / name} is no checkpoint of this run: {reason}") from error
+        lines = _cut_metrics(self.out / runs.METRICS, self.epoch)
+        if lines < self.epoch:
+            logger.warning("%s has lost %d of %d lines", self.out / runs.METRICS, self.epoch - lines, self.epoch)
+
+    def _checked(self, state: dict[str, Any], path: Path) -> dict[str, Any]:
+        """The state as it is; raises `UsageError` where it cannot be one of this run."""
+        if missing := [name for name in _STATE if name not in state]:
+            raise UsageError(f"{path} is no checkpoint of a run: it has no {missing[0]}")
+        epoch, step = state["epoch"], state["step_in_epoch"]
+        most = self.options.epochs, self.options.steps_per_epoch
+        if not (type(epoch) is type(step) is int and 0 <= epoch <= most[0] and 0 <= step <= most[1]):
+            raise UsageError(f"{path} is damaged: epoch {epoch}, step {step} of a run of {most[0]} times {most[1]}")
+        if state.get("data", crc := self.data_crc) != crc:
+            raise UsageError(f"{path} is of other training images than those that are there now")
+        diverged = state.get("diverged") or not math.isfinite(state["totals"]["loss"])
+        if not diverged and any(not bool(value.isfinite().all()) for value in state["model"].values()):
+            raise UsageError(f"{path} is damaged: it has weights that are not finite, and the loss was")
+        return state
+
+    @functools.cached_property
+    def data_crc(self) -> int:
+        """A checksum of the training images, or of their files' names, and of their labels."""
+        train = self.data.train
+        content = train.images.cpu().numpy().tobytes() if isinstance(train, Images) else "\n".join(train.paths).encode()
+        return zlib.crc32(content, zlib.crc32(train.labels.cpu().numpy().tobytes()))
+
+    def _take_up(self, state: dict[str, Any]) -> None:
         if self.phased and state["beta"] == 0:
             self.phased.remove(self.optimizer)
         for name in ("model", "optimizer", "scheduler", "host", "engine"):
@@ -341,17 +403,19 @@ class Trainer:
         self.totals = Totals(**state["totals"])
         self.diverged = state.get("diverged", False)
         self.epoch_generator = state["epoch_generator"].cpu()
+        self.generator.set_state(self.epoch_generator)
         torch.set_rng_state(state["rng"].cpu())
         cuda_rng = state.get("cuda_rng")
         if self.device.type == "cuda" and cuda_rng is not None:  # a run may go on on another device
             torch.cuda.set_rng_state(cuda_rng.cpu(), self.device)
-        _cut_metrics(self.out / runs.METRICS, self.epoch)
 
 
-def _cut_metrics(path: Path, epochs: int) -> None:
-    """Drop lines of epochs that the checkpoint does not know."""
+def _cut_metrics(path: Path, epochs: int) -> int:
+    """Drop lines of epochs that the checkpoint does not know; returns how many are left."""
+    lines = path.read_text().splitlines()[:epochs] if path.exists() else []
     if path.exists():
-        runs.write_atomically(path, "".join(line + "\n" for line in path.read_text().splitlines()[:epochs]))
+        runs.write_atomically(path, "".join(line + "\n" for line in lines))
+    return len(lines)
 
 
 def _optimizer(options: Resolved, model: nn.Module) -> torch.optim.Optimizer:
@@ -370,24 +434,3 @@ def _peak_memory(device: torch.device) -> float:
     import resource  # not on every platform
 
     return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10), 1)
-
-
-@contextlib.contextmanager
-def _catch_interrupt() -> Iterator[Interrupt]:
-    """The first Ctrl-C only sets a mark, so that a step is never cut in two; the second one stops at once."""
-    interrupt = Interrupt()
-
-    def mark(signum: int, frame: Any) -> None:
-        if interrupt.pressed:
-            raise KeyboardInterrupt
-        interrupt.pressed = True
-
-    try:
-        before = signal.signal(signal.SIGINT, mark)
-    except ValueError:  # not in the main thread: somebody else's business
-        yield interrupt
-        return
-    try:
-        yield interrupt
-    finally:
-        signal.signal(signal.SIGINT, before)
