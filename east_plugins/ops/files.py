@@ -74,7 +74,7 @@ def save_checkpoint(path: Path, state: Mapping[str, Any], previous: Path | None 
                 _keep(path, previous)
     except (OSError, RuntimeError) as error:  # torch's writer raises the latter on a full disk
         reason = getattr(error, "strerror", None) or " ".join(str(error).split())[:120]
-        before = "; the checkpoint before it is whole" if path.exists() else ""
+        before = "; the checkpoint before it is whole" if previous is not None and path.exists() else ""
         raise EastError(f"{path} cannot be written: {reason}{before}") from error
 
 

@@ -27,7 +27,7 @@ SIZES = dict(
     channels=(1, 4096), repeats=(1, 2**20),
 )  # fmt: skip
 
-LARGEST_YAML = 2**20  #: bytes of a configuration file
+LARGEST_YAML, DEEPEST_YAML = 2**20, 20  #: bytes and levels of a configuration file
 
 #: Called with a parser, what is known of its arguments, and the flags among them that it does not know.
 Late = Callable[[argparse.ArgumentParser, argparse.Namespace, list[str]], None]
@@ -163,10 +163,15 @@ def read_yaml(path: str | Path, flag: str) -> dict[str, Any]:
             text = file.read(LARGEST_YAML + 1).decode()
         if len(text) > LARGEST_YAML:
             raise UsageError(f"{flag} {path} is larger than {LARGEST_YAML:,} bytes, the most that is read")
-        if any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text, yaml.SafeLoader)):
-            raise UsageError(f"{flag} {path} repeats parts of itself by * and &, which is not allowed: write them out")
+        depth = 0
+        for event in yaml.parse(text, yaml.SafeLoader):  # few bytes can stand for gigabytes, or for minutes
+            if isinstance(event, yaml.AliasEvent):
+                raise UsageError(f"{flag} {path} repeats parts of itself by * and &: write them out")
+            depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+            if depth > DEEPEST_YAML:
+                raise UsageError(f"{flag} {path} is nested deeper than {DEEPEST_YAML} levels, the most that is read")
         content = yaml.safe_load(text)
-    except (OSError, UnicodeDecodeError, RecursionError, yaml.YAMLError) as error:
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         reason = getattr(error, "strerror", None) or " ".join(str(error).split())
         raise UsageError(f"{flag} {path} cannot be read as YAML: {reason}") from error
     if not isinstance(content, dict):

@@ -204,7 +204,7 @@ _CALLED_WITH_ONE = ("growth", "pruning", "redistribution", "activation")
 def _misfit(obj: Any, kind: str) -> str | None:
     """Why an object is no plugin of its kind, as far as it can be told without calling it."""
     if not callable(obj):
-        return f"is no {kind} plugin: it cannot be called"
+        return f"is no {kind} plugin: it must be a function, or a class whose instances are called"
     if inspect.isbuiltin(obj) or getattr(obj, "__module__", None) == "builtins":
         return f"is a built-in of Python and no {kind} plugin; allowed are functions and classes written for it"
     if kind in _CALLED_WITH_ONE and inspect.isfunction(obj):

@@ -256,41 +256,34 @@ def run(todo: Sequence[Job], workers: int = 1) -> Iterator[tuple[Job, dict[str, 
         for job in todo:
             yield job, _result(functools.partial(train, job.options, job.out, resume=True, quiet=True))
         return
-    waiting, again = deque(todo), set[Path]()
+    waiting, died = deque(todo), list[Job]()
     while waiting:
-        broken: list[tuple[Job, Exception]] = []
         for job, result in _side_by_side(waiting, workers):
             if isinstance(result, BrokenProcessPool):
-                broken.append((job, result))
+                died.append(job)
             else:
                 yield job, result
-        for job, error in broken:
-            if job.out in again:
-                yield job, error
-            else:
-                again.add(job.out)
-                waiting.append(job)
+    for job in died:  # by itself: a process that dies takes those beside it along
+        yield from _side_by_side(deque([job]), 1)
 
 
 def _side_by_side(waiting: deque[Job], workers: int) -> Iterator[tuple[Job, dict[str, Any] | Exception]]:
     """Train `waiting` in processes, until none is left or one of the processes has died."""
     spawn = multiprocessing.get_context("spawn")
     running: dict[Future[dict[str, Any]], Job] = {}
-    broken = False
     with ProcessPoolExecutor(workers, mp_context=spawn, initializer=_end_with_parent) as pool:
-        while running or (waiting and not broken):
-            while waiting and len(running) < workers and not broken:  # one more, and it would start after Ctrl-C
+        while running or waiting:
+            while waiting and len(running) < workers:  # one more, and the pool would start it after Ctrl-C
                 job = waiting[0]
                 try:
                     running[pool.submit(train, job.options, job.out, True, True)] = job
                 except BrokenProcessPool:
-                    broken = True
                     break
                 waiting.popleft()
+            if not running:  # the pool is broken
+                return
             for future in wait(running, return_when=FIRST_COMPLETED).done:
-                result = _result(future.result)
-                broken = broken or isinstance(result, BrokenProcessPool)
-                yield running.pop(future), result
+                yield running.pop(future), _result(future.result)
 
 
 def _result(of: Callable[[], dict[str, Any]]) -> dict[str, Any] | Exception:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import functools
 import json
@@ -11,6 +12,7 @@ import os
 import sys
 import time
 import zlib
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -193,15 +195,16 @@ class Trainer:
         self.dead = line["effective_density"] == 0
         with open(self.out / runs.METRICS, "a") as file:
             file.write(json.dumps(line) + "\n")
-        due = time.monotonic() - self.saved >= SAVE_EVERY if options.save_every is None else self._save_is_due()
-        if self.epoch == options.epochs or due:
+        if self.epoch == options.epochs or self._save_is_due(epoch_ended=True):
             self.save()
         progress.epoch(line)
 
-    def _save_is_due(self) -> bool:
-        """Whether `save_every` minutes have passed."""
+    def _save_is_due(self, epoch_ended: bool = False) -> bool:
+        """Whether the time between two checkpoints has passed; without `save_every` they come at ends of epochs."""
         minutes = self.options.save_every
-        return minutes is not None and time.monotonic() - self.saved >= 60 * minutes
+        if minutes is None:
+            return epoch_ended and time.monotonic() - self.saved >= SAVE_EVERY
+        return time.monotonic() - self.saved >= 60 * minutes
 
     def _step(self, x: Tensor, y: Tensor) -> None:
         if self.graphed is None:
@@ -347,24 +350,22 @@ class Trainer:
     def restore(self) -> None:
         """Take up the checkpoint in `out`; without one the run begins anew. Raises `UsageError` where it is another
         run's."""
-        there = [name for name in (runs.CHECKPOINT, runs.PREVIOUS) if (self.out / name).exists()]
+        there = [self.out / name for name in (runs.CHECKPOINT, runs.PREVIOUS) if (self.out / name).exists()]
         if not there:
             _cut_metrics(self.out / runs.METRICS, 0)
             return
         check_same(self.out, self.options)
-        for name in there:
+        for path in there:
             try:
-                state = self._checked(runs.load_checkpoint(self.out / name, self.device), self.out / name)
+                with _of_this_run(path):
+                    state = self._checked(runs.load_checkpoint(path, self.device), path)
                 break
             except UsageError as error:
-                if name == there[-1]:
+                if path == there[-1]:
                     raise
                 logger.warning("%s; going on from the one before it, %s", error, runs.PREVIOUS)
-        try:
+        with _of_this_run(path):
             self._take_up(state)
-        except (KeyError, TypeError, ValueError, RuntimeError, AttributeError, IndexError) as error:
-            reason = " ".join(str(error).split())[:160]
-            raise UsageError(f"{self.out / name} is no checkpoint of this run: {reason}") from error
         lines = _cut_metrics(self.out / runs.METRICS, self.epoch)
         if lines < self.epoch:
             logger.warning("%s has lost %d of %d lines", self.out / runs.METRICS, self.epoch - lines, self.epoch)
@@ -408,6 +409,18 @@ class Trainer:
         cuda_rng = state.get("cuda_rng")
         if self.device.type == "cuda" and cuda_rng is not None:  # a run may go on on another device
             torch.cuda.set_rng_state(cuda_rng.cpu(), self.device)
+
+
+@contextlib.contextmanager
+def _of_this_run(path: Path) -> Iterator[None]:
+    """What the content of a checkpoint that does not fit leads to is one `UsageError`."""
+    try:
+        yield
+    except UsageError:
+        raise
+    except (KeyError, TypeError, ValueError, RuntimeError, AttributeError, IndexError) as error:
+        reason = " ".join(str(error).split())[:160]
+        raise UsageError(f"{path} is no checkpoint of this run: {reason}") from error
 
 
 def _cut_metrics(path: Path, epochs: int) -> int:

@@ -151,6 +151,7 @@ WRONG = {
     "model": lambda s: s.update(model={}), "optimizer": lambda s: s.update(optimizer=[]),
     "masks": lambda s: s["host"].update(masks={}), "totals": lambda s: s.update(totals={"loss": 1.0, "x": 2}),
     "generator": lambda s: s.update(epoch_generator=torch.zeros(3)), "images": lambda s: s.update(data=1),
+    "sums": lambda s: s.update(totals=3), "values": lambda s: s.update(model=[1]),
 }  # fmt: skip
 
 
