@@ -1,9 +1,11 @@
 import os
+import tempfile
 
 # Tests' networks are tiny, and several test processes with OpenMP teams of their own on the same few cores spin in
 # its barriers for minutes. Set before torch is imported; child processes inherit it.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read once, at the first call: deterministic tests need it
+os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp(prefix="east-cache-")  # the engine keeps there what it has measured
 
 import pytest
 import torch

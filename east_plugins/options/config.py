@@ -142,8 +142,8 @@ class Config:
     device: str | None = option(None, "cpu, cuda, cuda:1, ... (default: cuda where there is one)")
     threads: int | None = option(None, "CPU threads (default: PyTorch's choice)", type=int)
     engine: str = option(
-        "auto", "how passes are computed: densely, for active weights only, or the faster as measured; dense and "
-        "sparse repeat bit for bit", choices=["auto", "dense", "sparse"],
+        "auto", "how passes are computed: densely, for active weights only, or the faster as measured once on "
+        "the machine", choices=["auto", "dense", "sparse"],
     )  # fmt: skip
     compile: bool = option(False, "training passes by torch.compile, dense (--engine dense); needs a C compiler")
     cuda_graph: bool = option(

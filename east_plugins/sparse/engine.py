@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import functools
 import logging
-import math
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -26,6 +25,7 @@ from ..ops.substitute import spared_buffers
 from ..ops.swap import restore, swap
 from .check import Check, unseen
 from .copies import CompiledCopies
+from .faster import Times
 from .gradient import GradientPlan, gradient_plans
 from .layers import LayerPlan, NormPlan, Planned, Sink, Slot, in_backward
 from .limits import obstacle
@@ -65,7 +65,7 @@ class Engine:
         host: our host, after `add_module`.
         input_shape: (channels, height, width) of one input.
         engine: "sparse"; "dense", which attaches nothing; or "auto": per batch size and number of active weights
-            whichever of both is faster, measured on this machine; "dense" on an accelerator.
+            whichever of both is faster, measured on this machine (`faster`); "dense" on an accelerator.
     """
 
     def __init__(self, host: Masking, input_shape: Sequence[int], engine: str = "auto"):
@@ -73,6 +73,7 @@ class Engine:
             raise UsageError(f"`engine` must be one of {', '.join(ENGINES)}, got {engine!r}")
         self.host, self.input_shape, self.choice = host, tuple(input_shape), engine
         self.model = unwrap(host.modules[0])
+        self._times = Times(self.model)
         self.reason = "it was asked for" if engine == "dense" else obstacle(host, self.model)
         if engine == "auto" and self.reason is None and not all(w.is_cpu for w in host.weights.values()):
             self.reason = "on an accelerator dense passes are faster; `sparse` is there to be asked for"
@@ -93,7 +94,6 @@ class Engine:
         self._narrow = True
         self._check = Check(self.model, self._forcing, input_shape)
         self._agreed: set[Any] = set()  # modes in which the present plans were found right
-        self._seconds: dict[tuple, float] = {}
         self._handles: list[Any] = []
         self._thread = _Thread()
         self._lock = threading.RLock()
@@ -143,10 +143,10 @@ class Engine:
 
     def state_dict(self) -> dict[str, Any]:
         """The times that `auto` has measured: with them a resumed run chooses alike."""
-        return {"seconds": list(self._seconds.items())}
+        return self._times.state_dict()
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self._seconds = {tuple(key): seconds for key, seconds in state["seconds"]}
+        self._times.load_state_dict(state)
 
     # ------------------------------------------------------------------ around every forward pass
 
@@ -351,22 +351,15 @@ class Engine:
     # ------------------------------------------------------------------ measuring, for `auto`
 
     def _is_slower(self, x: Tensor) -> bool:
-        """Whether the sparse passes of a training step take longer than the dense ones, as measured at the first one
-        with about so many images and active weights. Evaluation goes by what was measured in training."""
+        """Whether the sparse passes of a training step take longer than the dense ones. Evaluation goes by what is
+        known from training."""
         if self.model.training and torch.is_grad_enabled():
-            for key, plans in zip(self._keys(x), (self._plans, None), strict=True):
-                if key not in self._seconds:
-                    self._seconds[key] = unseen(functools.partial(self._measure, x, plans))
+            measure = [functools.partial(unseen, functools.partial(self._measure, x, p)) for p in (self._plans, None)]
+            self._times.settle(self._times.keys(x, self.host.nonzeros), measure)
         return self._was_slower(x)
 
     def _was_slower(self, x: Tensor) -> bool:
-        sparse, dense = self._keys(x)
-        return self._seconds.get(sparse, 0.0) > self._seconds.get(dense, math.inf)
-
-    def _keys(self, x: Tensor) -> tuple[tuple, tuple]:
-        """What a time belongs to: a sparse pass's, a dense one's."""
-        dense = (x.device.type, round(math.log2(len(x))), *x.shape[1:], str(x.dtype))
-        return (*dense, round(2 * math.log2(self.host.nonzeros))), dense
+        return self._times.sparse_is_slower(self._times.keys(x, self.host.nonzeros))
 
     def _measure(self, x: Tensor, plans: Plans | None) -> float:
         """Seconds of a forward and backward pass, the better of two; nothing in the model changes."""

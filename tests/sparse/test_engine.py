@@ -382,7 +382,8 @@ def test_auto_changes_nothing_but_the_speed_and_can_be_resumed(caplog):
 
 
 @pytest.mark.parametrize("faster", ["dense", "sparse"])
-def test_auto_takes_the_faster(monkeypatch, faster):
+def test_auto_takes_the_faster(monkeypatch, faster, tmp_path):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     seconds = {"dense": 1.0, "sparse": 1.0, faster: 0.5}
     monkeypatch.setattr(Engine, "_measure", lambda self, x, plans: seconds["dense" if plans is None else "sparse"])
     model, host, engine = build("auto", frequency=None)
@@ -392,6 +393,23 @@ def test_auto_takes_the_faster(monkeypatch, faster):
     train(model, host, 1, first=2)
     assert bool(calls) == (faster == "sparse")
     assert all(engine.holds_gradient(name) for name in host.masks)  # of active values, whichever computed it
+
+
+def test_auto_chooses_alike_ever_after(monkeypatch, tmp_path):
+    """The clock does not repeat itself; what a process has measured is the machine's from then on."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    states = []
+    for dense, sparse in [(1.0, 2.0), (2.0, 1.0)]:
+        monkeypatch.setattr(Engine, "_measure", lambda *of, at=(dense, sparse): at[of[2] is not None])
+        model, host, engine = build("auto", frequency=None)
+        train(model, host, 1)
+        states.append(engine.state_dict())
+    assert states[0] == states[1] and sorted(seconds for _, seconds in states[0]["seconds"]) == [1.0, 2.0]
+    for file in tmp_path.glob("east_plugins/times/*"):
+        file.write_text("damaged")
+    model, host, engine = build("auto", frequency=None)
+    train(model, host, 1)
+    assert len(engine.state_dict()["seconds"]) == 2  # measured anew
 
 
 def test_updates_in_a_constant_schedule_get_their_dense_gradient():

@@ -103,9 +103,13 @@ def test_a_run_that_is_killed_at_random_ends_as_the_undisturbed_one(whole, tmp_p
 
 
 @pytest.mark.slow
-def test_a_run_that_is_killed_thirty_times_ends_as_the_undisturbed_one(whole, tmp_path):
-    killed_again_and_again(30, tmp_path / "run")
-    assert outcome(tmp_path / "run") == outcome(whole)
+@pytest.mark.parametrize(("times", "engine"), [(30, "sparse"), (10, "auto"), (10, "dense")])
+def test_a_run_that_is_killed_many_times_ends_as_the_undisturbed_one(times, engine, tmp_path):
+    words = ["--engine", engine]
+    run = start(tmp_path / "whole", *words)
+    assert run.communicate() and run.returncode == 0
+    killed_again_and_again(times, tmp_path / "run", *words)
+    assert outcome(tmp_path / "run") == outcome(tmp_path / "whole")
 
 
 def test_damaged_checkpoints_are_passed_over_for_the_one_before(stopped, whole, tmp_path, caplog):
@@ -120,7 +124,7 @@ def test_no_damaged_checkpoint_is_taken(how, stopped, tmp_path):
     content, generator = (stopped / runs.CHECKPOINT).read_bytes(), np.random.default_rng(0)
     good = runs.load_checkpoint(stopped / runs.CHECKPOINT)
     file = tmp_path / "damaged.pt"
-    for _ in range(50 if how == "cut" else 100):
+    for _ in range(100):
         place = int(generator.integers(len(content)))
         damaged = bytearray(content[:place] if how == "cut" else content)
         if how == "flipped":
