@@ -40,3 +40,7 @@ class Interrupted(EastError):
 
 class MissingExtraError(UsageError):
     """An optional dependency is not installed; the message gives the command that installs it."""
+
+
+class RanksError(EastError):
+    """The processes of a distributed run disagree, or one of them is gone."""

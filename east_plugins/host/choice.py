@@ -102,6 +102,11 @@ def _matrices(prefix: str, layer: nn.Module, excluded: set[int]) -> Iterator[tup
 def _weight_of(prefix: str, layer: nn.Module, excluded: set[int]) -> str:
     """Name of the parameter whose zeros are the zeros of the layer's weight."""
     own = layer._parameters
+    if hasattr(own.get("weight"), "device_mesh"):
+        raise UsageError(
+            f"layer {prefix} holds a part of its weight only (a DTensor, as FSDP2 and tensor parallelism make them), "
+            "and a mask needs all of it: wrap the model in DistributedDataParallel instead"
+        )
     if isinstance(own.get("weight"), UninitializedParameter):
         raise UsageError(f"layer {prefix} is lazy and has no weight yet: call the model once before add_module")
     if own.get("weight") is not None:

@@ -110,7 +110,7 @@ class Masking(Books, Pace):
         self.generator = torch.Generator().manual_seed(distributed.from_rank_0(seed) % 2**63)
         self._stepping = Stepping(optimizer, self._records)
         self._stepped = Stepped()
-        self._in_step = False
+        self._in_step = self._compared = False
 
         # what add_module finds
         self.density, self.sparse_init = 0.0, ""
@@ -252,6 +252,9 @@ class Masking(Books, Pace):
             with self._stepping.dense_gradients():
                 self.truncate_weights()
                 self.print_nonzero_counts()
+        if due or not self._compared:
+            distributed.check_alike({name: record.active.flat for name, record in self._records.items()})
+            self._compared = distributed.active()
         for plugin in self.plugins:
             plugin(self)
         self._tell_unfrozen()
