@@ -29,8 +29,7 @@ from ..options.config import Config
 from ..options.flags import check_size
 from . import pictures, runs
 from .progress import SILENCE, duration, plan
-from .trainer import Trainer, check_same, train
-from .trainer import finished as ended
+from .trainer import Trainer, train
 
 logger = logging.getLogger(__name__)
 
@@ -233,13 +232,13 @@ class Watch(threading.Thread):
 def check(todo: Sequence[Job]) -> list[str]:
     """Compare what is in the folders with what is asked for and build every kind of run once, without training it,
     so that what cannot be is refused before hours of work. Returns what the first unfinished run will do, in lines."""
-    unfinished = [job for job in todo if ended(job.options, job.out) is None]
+    unfinished = [job for job in todo if runs.finished(job.options, job.out) is None]
     if not unfinished:
         return ["all of them are finished"]
     data = runs.load_data(unfinished[0].options)
     for job in unfinished:
         if (job.out / runs.CHECKPOINT).exists():
-            check_same(job.out, job.options.resolve(data.train.steps(job.options.batch_size)))
+            runs.check_same(job.out, job.options.resolve(data.train.steps(job.options.batch_size)))
     lines: list[str] = []
     for job in {(job.method, job.sparsity): job for job in reversed(unfinished)}.values():
         lines = plan(Trainer(job.options, job.out, data))
@@ -249,7 +248,7 @@ def check(todo: Sequence[Job]) -> list[str]:
 def run(todo: Sequence[Job], workers: int = 1) -> Iterator[tuple[Job, dict[str, Any] | Exception]]:
     """Train what is not finished yet; yields every job with its summary, those that were finished first, or with what
     it failed of. A run whose process dies is tried once more."""
-    summaries = {job.out: ended(job.options, job.out) for job in todo}
+    summaries = {job.out: runs.finished(job.options, job.out) for job in todo}
     yield from ((job, summary) for job in todo if (summary := summaries[job.out]) is not None)
     todo = [job for job in todo if summaries[job.out] is None]
     if workers == 1 or len(todo) < 2:

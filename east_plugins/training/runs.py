@@ -203,7 +203,25 @@ def difference(a: Resolved, b: Resolved) -> tuple[str, Any, Any] | None:
     """A setting in which two resolved configurations differ, with both values; None where they are the same run, on
     whatever device, with however many threads."""
     ours, theirs = ({**{f"east_{n}": v for n, v in vars(r.east).items()}, **vars(r)} for r in (a, b))
-    for name in ours.keys() - _ELSEWHERE - {"east"}:
+    names = ["epochs", *ours]  # of which others may follow
+    for name in (name for name in names if name not in _ELSEWHERE | {"east"}):
         if ours[name] != theirs[name]:
             return name, ours[name], theirs[name]
     return None
+
+
+def finished(options: Config, out: Path) -> dict[str, Any] | None:
+    """The summary of the run in `out` where it has ended; raises `UsageError` where it is another run."""
+    summary = read_summary(out)
+    if summary is not None:
+        check_same(out, options.resolve(summary["steps"] // summary["epochs"]))
+    return summary
+
+
+def check_same(out: Path, options: Resolved) -> None:
+    """Raises `UsageError`, naming a setting and both values, where the run in `out` is not that of the resolved
+    `options`."""
+    there = read_config(out).resolve(options.steps_per_epoch)
+    if found := difference(there, options):
+        name, old, new = found
+        raise UsageError(f"`out` {out} holds another run: `{name}` is {old} in its {CONFIG}, here it is {new}")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import functools
 import json
@@ -12,8 +11,6 @@ import os
 import sys
 import time
 import zlib
-from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -29,11 +26,12 @@ from ..ops.paths import effective_density, on_path
 from ..options.config import Config, Resolved
 from ..plugins import registry
 from ..sparse import Engine
-from . import runs
+from . import runs, state
 from .graphed import GraphedStep
 from .images import Data, Images
 from .interrupts import Interrupt, caught
 from .progress import Progress
+from .state import Totals
 
 logger = logging.getLogger(__name__)
 
@@ -61,7 +59,7 @@ def train(options: Config, out: str | Path, resume: bool = False, quiet: bool = 
     runs.check_folder(out)
     if (out / runs.CONFIG).exists() and not resume:
         raise UsageError(f"`out` {out} holds a run already; add `resume` to go on with it, or choose another folder")
-    if resume and (summary := finished(options, out)):
+    if resume and (summary := runs.finished(options, out)):
         return summary
     if options.threads:
         torch.set_num_threads(options.threads)
@@ -79,51 +77,6 @@ def train(options: Config, out: str | Path, resume: bool = False, quiet: bool = 
             while trainer.epoch < trainer.options.epochs:
                 trainer.run_epoch(interrupt, progress)
             return trainer.finish()
-
-
-def finished(options: Config, out: Path) -> dict[str, Any] | None:
-    """The summary of the run in `out` where it has ended; raises `UsageError` where it is another run."""
-    summary = runs.read_summary(out)
-    if summary is not None:
-        check_same(out, options.resolve(summary["steps"] // summary["epochs"]))
-    return summary
-
-
-def check_same(out: Path, options: Resolved) -> None:
-    """Raises `UsageError`, naming a setting and both values, where the run in `out` is not that of the resolved
-    `options`."""
-    there = runs.read_config(out).resolve(options.steps_per_epoch)
-    if difference := runs.difference(there, options):
-        name, old, new = difference
-        raise UsageError(f"`out` {out} holds another run: `{name}` is {old} in its {runs.CONFIG}, here it is {new}")
-
-
-@dataclass
-class Totals:
-    """Sums over the images of an epoch so far; tensors stay on their device until they are read."""
-
-    loss: Tensor | float = 0.0
-    correct: Tensor | float = 0.0
-    images: float = 0
-
-    def add(self, loss: Tensor, correct: Tensor, images: int) -> None:
-        """A batch of `images` with its mean loss, and how many of them were classified right."""
-        self.loss = self.loss + loss * images
-        self.correct = self.correct + correct
-        self.images += images
-
-    @property
-    def mean_loss(self) -> float:
-        return float(self.loss) / max(1, self.images)
-
-    @property
-    def accuracy(self) -> float:
-        return float(self.correct) / max(1, self.images)
-
-
-#: What every checkpoint has.
-_STATE = ("model", "optimizer", "scheduler", "host", "engine", "beta", "best", "epoch", "step_in_epoch", "seconds",
-          "totals", "epoch_generator", "rng")  # fmt: skip
 
 
 class Trainer:
@@ -320,70 +273,14 @@ class Trainer:
     def _autocast(self):
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.options.amp)
 
-    # ------------------------------------------------------------------ state
-
     def save(self) -> None:
         """Write the checkpoint: all that `restore` needs to go on bit for bit."""
-        runs.save_checkpoint(
-            self.out / runs.CHECKPOINT,
-            {
-                "model": self.model.state_dict(),
-                "optimizer": self.optimizer.state_dict(),
-                "scheduler": self.scheduler.state_dict(),
-                "host": self.host.state_dict(),
-                "engine": self.engine.state_dict(),
-                "beta": self.beta,
-                "best": self.best,
-                "epoch": self.epoch,
-                "step_in_epoch": self.step_in_epoch,
-                "epoch_generator": self.epoch_generator,
-                "totals": {name: float(value) for name, value in vars(self.totals).items()},
-                "seconds": self.seconds,
-                "diverged": self.diverged,
-                "data": self.data_crc,
-                "rng": torch.get_rng_state(),
-                "cuda_rng": torch.cuda.get_rng_state(self.device) if self.device.type == "cuda" else None,
-            },
-        )
+        state.save(self)
         self.saved = time.monotonic()
 
     def restore(self) -> None:
-        """Take up the checkpoint in `out`; without one the run begins anew. Raises `UsageError` where it is another
-        run's."""
-        there = [self.out / name for name in (runs.CHECKPOINT, runs.PREVIOUS) if (self.out / name).exists()]
-        if not there:
-            _cut_metrics(self.out / runs.METRICS, 0)
-            return
-        check_same(self.out, self.options)
-        for path in there:
-            try:
-                with _of_this_run(path):
-                    state = self._checked(runs.load_checkpoint(path, self.device), path)
-                break
-            except UsageError as error:
-                if path == there[-1]:
-                    raise
-                logger.warning("%s; going on from the one before it, %s", error, runs.PREVIOUS)
-        with _of_this_run(path):
-            self._take_up(state)
-        lines = _cut_metrics(self.out / runs.METRICS, self.epoch)
-        if lines < self.epoch:
-            logger.warning("%s has lost %d of %d lines", self.out / runs.METRICS, self.epoch - lines, self.epoch)
-
-    def _checked(self, state: dict[str, Any], path: Path) -> dict[str, Any]:
-        """The state as it is; raises `UsageError` where it cannot be one of this run."""
-        if missing := [name for name in _STATE if name not in state]:
-            raise UsageError(f"{path} is no checkpoint of a run: it has no {missing[0]}")
-        epoch, step = state["epoch"], state["step_in_epoch"]
-        most = self.options.epochs, self.options.steps_per_epoch
-        if not (type(epoch) is type(step) is int and 0 <= epoch <= most[0] and 0 <= step <= most[1]):
-            raise UsageError(f"{path} is damaged: epoch {epoch}, step {step} of a run of {most[0]} times {most[1]}")
-        if state.get("data", crc := self.data_crc) != crc:
-            raise UsageError(f"{path} is of other training images than those that are there now")
-        diverged = state.get("diverged") or not math.isfinite(state["totals"]["loss"])
-        if not diverged and any(not bool(value.isfinite().all()) for value in state["model"].values()):
-            raise UsageError(f"{path} is damaged: it has weights that are not finite, and the loss was")
-        return state
+        """Take up the checkpoint in `out`; see `state.restore`."""
+        state.restore(self)
 
     @functools.cached_property
     def data_crc(self) -> int:
@@ -391,44 +288,6 @@ class Trainer:
         train = self.data.train
         content = train.images.cpu().numpy().tobytes() if isinstance(train, Images) else "\n".join(train.paths).encode()
         return zlib.crc32(content, zlib.crc32(train.labels.cpu().numpy().tobytes()))
-
-    def _take_up(self, state: dict[str, Any]) -> None:
-        if self.phased and state["beta"] == 0:
-            self.phased.remove(self.optimizer)
-        for name in ("model", "optimizer", "scheduler", "host", "engine"):
-            getattr(self, name).load_state_dict(state[name])
-        if self.phased:
-            self.phased.set_beta(state["beta"])
-        for name in ("best", "epoch", "step_in_epoch", "seconds"):
-            setattr(self, name, state[name])
-        self.totals = Totals(**state["totals"])
-        self.diverged = state.get("diverged", False)
-        self.epoch_generator = state["epoch_generator"].cpu()
-        self.generator.set_state(self.epoch_generator)
-        torch.set_rng_state(state["rng"].cpu())
-        cuda_rng = state.get("cuda_rng")
-        if self.device.type == "cuda" and cuda_rng is not None:  # a run may go on on another device
-            torch.cuda.set_rng_state(cuda_rng.cpu(), self.device)
-
-
-@contextlib.contextmanager
-def _of_this_run(path: Path) -> Iterator[None]:
-    """What the content of a checkpoint that does not fit leads to is one `UsageError`."""
-    try:
-        yield
-    except UsageError:
-        raise
-    except (KeyError, TypeError, ValueError, RuntimeError, AttributeError, IndexError) as error:
-        reason = " ".join(str(error).split())[:160]
-        raise UsageError(f"{path} is no checkpoint of this run: {reason}") from error
-
-
-def _cut_metrics(path: Path, epochs: int) -> int:
-    """Drop lines of epochs that the checkpoint does not know; returns how many are left."""
-    lines = path.read_text().splitlines()[:epochs] if path.exists() else []
-    if path.exists():
-        runs.write_atomically(path, "".join(line + "\n" for line in lines))
-    return len(lines)
 
 
 def _optimizer(options: Resolved, model: nn.Module) -> torch.optim.Optimizer:
