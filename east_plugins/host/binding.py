@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -14,10 +14,18 @@ from ..plugins.protocols import Layer
 from . import legacy
 
 
-def bound(
-    kind: str, spec: str | Callable[..., Any], host: Any, options: Mapping[str, Any] | None = None
-) -> tuple[str, Callable[[Layer, int], Tensor], set[str]]:
-    """Name of a rule, the rule as a function of layer and count, and what it needs of the layer ("grad", "momentum").
+class Bound(NamedTuple):
+    """Name of a rule, the rule as a function of layer and count, what it needs of the layer ("grad", ...), and the
+    plugin itself."""
+
+    name: str
+    rule: Callable[[Layer, int], Tensor]
+    needs: set[str]
+    plugin: Any
+
+
+def bound(kind: str, spec: str | Callable[..., Any], host: Any, options: Mapping[str, Any] | None = None) -> Bound:
+    """A rule that a host was given.
 
     `options` are the rule's own, where it is given by name.
 
@@ -49,4 +57,4 @@ def bound(
             raise UsageError(f"{kind} rule {name} returned {found} for layer {layer.name}, expected {wanted}")
         return torch.as_tensor(answer)
 
-    return name, checked, needs
+    return Bound(name, checked, needs, function)

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from typing import Any
 
 from ..errors import UsageError
-from ..plugins.rate import Cosine
+from ..plugins.rate import Cosine, Stepped
 
 
 class CosineDecay:
@@ -46,7 +45,7 @@ class LinearDecay(CosineDecay):
                 "LinearDecay needs a rate in [0, 1], a factor in (0, 1] and a frequency of at least 1, got "
                 f"{death_rate}, {factor} and {frequency}"
             )
-        self._rate = lambda step: death_rate * math.pow(factor, step // frequency)
+        self._rate = Stepped(death_rate, 1, factor, frequency)
         self.steps = 0
 
 

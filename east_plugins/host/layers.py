@@ -25,6 +25,7 @@ class MaskedWeight:
         mask: boolean, True is active; of the weight's shape, and on its device.
         fired: boolean, active at least once so far.
         momentum: dense running average of gradients, where a rule needs it.
+        average: running average of the prune rule's scores, zero where inactive, where that rule keeps one.
         dropped: active weights that the last topology update dropped; None before the first.
     """
 
@@ -33,6 +34,7 @@ class MaskedWeight:
         self._mask = mask.to(weight.device, torch.bool)
         self.fired = self._mask.clone()
         self.momentum: Tensor | None = None
+        self.average: Tensor | None = None
         self.dropped: int | None = None
         self._counted: tuple[Tensor, int, int] | None = None
         self._found: tuple[Tensor, int, Active] | None = None
@@ -97,11 +99,27 @@ class MaskedWeight:
         none = weight.new_zeros(()).expand_as(weight) if some_have_gradients else None
         grad = (none if grad is None else distributed.mean(grad)) if "grad" in needs else None
         average = (none if average is None else distributed.mean(average)) if "momentum" in needs else None
-        columns = (self._split(tensor) for tensor in (weight, self.mask, self.fired, grad, average))
+        scores = self.average if "average" in needs else None
+        scores = None if scores is None else distributed.mean(scores)
+        columns = (self._split(tensor) for tensor in (weight, self.mask, self.fired, grad, average, scores))
         return [
-            Layer(key, each, mask, fired, generator, part, momentum)
-            for key, each, mask, fired, part, momentum in zip(self.keys, *columns, strict=True)
+            Layer(key, each, mask, fired, generator, *rest)
+            for key, each, mask, fired, *rest in zip(self.keys, *columns, strict=True)
         ]
+
+    @torch.no_grad()
+    def follow(self, rule: Any, generator: torch.Generator) -> None:
+        """Take a step's scores of the active weights into the prune rule's running average; the first ones are it."""
+        if self.weight.grad is None:
+            return
+        active, weight = self.active, self.weight.detach()
+        values, grad = active.values(weight), active.values(self.weight.grad).nan_to_num(0, 0, 0)
+        every = torch.ones_like(values, dtype=torch.bool)
+        scores = rule.score(Layer(self.name, values, every, every, generator, grad))
+        if self.average is None:
+            self.average = active.spread(scores)
+        else:
+            active.put(self.average, active.values(self.average).lerp_(scores, 1 - rule.beta))
 
     def _split(self, tensor: Any) -> Sequence[Any]:
         return [tensor] * self.blocks if tensor is None or self.blocks == 1 else tensor.chunk(self.blocks)

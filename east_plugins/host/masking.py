@@ -59,8 +59,8 @@ class Masking(Books, Pace):
         args: namespace with ITOP's `fix` and `update_frequency`, where a script passes one.
         update_frequency: steps between updates where neither `args` nor `schedule` says so; None is static.
         schedule: density schedule; by default the density given to `add_module`, constant.
-        prune_scope: "local" (every layer drops its own share) or "global" (a falling density drops the least important
-            weights over all layers).
+        prune_scope: "local" (every layer drops its own share), "global" (a falling density drops the least important
+            weights over all layers), or "all" (what is replaced is found over all layers, too).
         prune_rounding: "floor" or, as in ITOP, "ceil": the share of a layer that is replaced as a whole number.
         keep_connected: keep grown and kept weights on input-to-output paths (needs `input_shape`).
         seed: seed of all random choices; by default torch's initial seed, without drawing from it.
@@ -246,6 +246,9 @@ class Masking(Books, Pace):
     def _finish(self, due: bool, by: str) -> None:
         """All that follows the optimizer's step."""
         self._count_step()
+        if "average" in self.needs:
+            for record in self._records.values():
+                record.follow(self._rules.pruner, self.generator)
         if due:
             self._put_off = False
             self._stepping.left()  # what the step wrote is masked: the update need not do it again
@@ -313,6 +316,23 @@ class Masking(Books, Pace):
             self._stepping.check_dense(self.engine)
         self._updates.update(self._rules, budgets, self._rate_now, self._stepping)
 
+    def removed_by(
+        self, death_mode: str | Callable, death_rate: float, prune_scope: str = "local", **options: Any
+    ) -> dict[str, Tensor]:
+        """Masks of the weights that a prune rule would remove now, were `death_rate` of them replaced; nothing changes,
+        the host's random state included. Rules that need the gradient find it as `truncate_weights` does.
+
+        Raises `UsageError` for a rule that averages over steps and is not the host's own.
+        """
+        growth, _, _, _, rounding = self._asked
+        rules = RuleSet(growth, death_mode, "none", prune_scope, rounding, self, {"pruning": options})
+        if "average" in rules.needs and rules.names[1] != self.death_mode:
+            raise UsageError(f"`death_mode` {rules.names[1]} averages over steps: allowed is where the host follows it")
+        if "grad" in rules.needs:
+            self._stepping.check_dense(self.engine)
+        generator = torch.Generator().set_state(self.generator.get_state())
+        return self._updates.removed(rules, death_rate, generator)
+
     def gradient_norm(self, of: str = "active", norm_type: float = 2.0) -> Tensor:
         """Norm of all gradients of the model as one vector: `of` the "active" weights (and what is not masked), or of
         "all", as a published script's own clipping counts them. The same with and without a sparse engine."""
@@ -349,6 +369,7 @@ class Masking(Books, Pace):
             "masks": dict(self.masks),
             "fired_masks": dict(self.fired_masks),
             "momentum": dict(Column(self._records, "momentum")),
+            "average": dict(Column(self._records, "average")),
             "steps": self.steps,
             "put_off": self._put_off,
             "death_rate": self.prune_rate,
@@ -368,11 +389,13 @@ class Masking(Books, Pace):
         masks = state["masks"]
         if wrong := set(masks) ^ set(self.masks) or {n for n in masks if masks[n].shape != self.masks[n].shape}:
             raise UsageError(f"the saved masks do not fit the model; layers that differ: {', '.join(sorted(wrong))}")
-        fired, averages = state.get("fired_masks", {}), state.get("momentum", {})
+        fired = state.get("fired_masks", {})
         for name, record in self._records.items():
             record.mask.copy_(masks[name])
             record.fired.copy_(fired.get(name, record.mask))
-            record.momentum = averages[name].to(record.weight.device, copy=True) if name in averages else None
+            for kept in ("momentum", "average"):
+                value = state.get(kept, {}).get(name)
+                setattr(record, kept, None if value is None else value.to(record.weight.device, copy=True))
         if state.get("decay") is not None:
             self.death_rate_decay.load_state_dict(state["decay"])
         elif hasattr(self.death_rate_decay, "get_dr"):  # ITOP's own classes only count

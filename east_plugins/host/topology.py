@@ -13,6 +13,9 @@ from ..ops.counts import apportion
 from ..ops.select import Selection, fetch, highest, lowest, together, upload
 from ..plugins.protocols import Layer
 
+#: What is pruned over all layers together: nothing, what a falling density drops, or that and what is replaced.
+SCOPES = ("local", "global", "all")
+
 
 @dataclass(frozen=True)
 class Rules:
@@ -20,8 +23,10 @@ class Rules:
 
     `grow` and `prune` return one score a weight, `redistribute` the layer's share of the growth or None for "every
     layer keeps its budget". With `scope` "global" a falling density drops the least important weights of all layers
-    together; what is replaced is each layer's own share (GraNet, Liu et al. 2021, Algorithm 1). `whole` makes a whole
-    number of the share that is replaced: `int`, or `math.ceil` as in ITOP.
+    together; what is replaced is each layer's own share (GraNet, Liu et al. 2021, Algorithm 1). With "all" that
+    is found over all layers too, and every layer grows back what it lost (Nowak et al. 2023, Appendix I). `whole` makes
+    a whole number of the share that is replaced: `int`, or `math.ceil` as in ITOP. `over_layers` scores several layers,
+    where a prune rule's importances can be compared in one layer only.
     """
 
     grow: Callable[[Layer, int], Tensor]
@@ -29,6 +34,13 @@ class Rules:
     redistribute: Callable[[Layer, int], Tensor] | None = None
     scope: str = "local"
     whole: Callable[[float], int] = int
+    over_layers: Callable[[Sequence[Layer]], Sequence[Tensor]] | None = None
+
+    def importances(self, layers: Sequence[Layer]) -> Sequence[Tensor]:
+        """One score a weight of every layer."""
+        if self.over_layers is None or self.scope == "local":
+            return [self.prune(layer, 0) for layer in layers]
+        return self.over_layers(layers)
 
 
 @dataclass
@@ -77,18 +89,24 @@ def update(changes: Sequence[Change], rules: Rules, generator: torch.Generator) 
     with a rising density more is grown, with a falling one more is dropped. Weights whose importance is `inf` are
     not replaced. Every layer keeps at least one active weight.
     """
+    drop(changes, rules, generator)
+    growing = [change for change in changes if change.count > change.kept]
+    best = together([_best(rules, change.layer, change.count - change.kept, generator) for change in growing])
+    for change, place in zip(growing, best, strict=True):
+        change.layer.mask.view(-1).index_fill_(0, place, True)
+
+
+def drop(changes: Sequence[Change], rules: Rules, generator: torch.Generator) -> None:
+    """The first half of an update: prune in place, and find how many weights each layer is to have."""
     device = changes[0].layer.mask.device
-    scores = [rules.prune(change.layer, 0).reshape(-1)[change.places] for change in changes]
+    importances = rules.importances([change.layer for change in changes])
+    scores = [each.reshape(-1)[change.places] for each, change in zip(importances, changes, strict=True)]
     for change, importance in zip(changes, fetch(scores, None), strict=True):
         change.importance = importance  # of few weights: the host selects faster than it can ask a device to
     _count(changes, rules)
     least = together([lowest(change.importance, change.active - change.kept, generator) for change in changes])
     for change, dropped in zip(changes, upload(least, device), strict=True):
         change.layer.mask.view(-1).index_fill_(0, change.places[dropped.to(change.places.device)], False)
-    growing = [change for change in changes if change.count > change.kept]
-    best = together([_best(rules, change.layer, change.count - change.kept, generator) for change in growing])
-    for change, place in zip(growing, best, strict=True):
-        change.layer.mask.view(-1).index_fill_(0, place, True)
 
 
 def _best(rules: Rules, layer: Layer, k: int, generator: torch.Generator) -> Selection:
@@ -112,17 +130,25 @@ def _count(changes: Sequence[Change], rules: Rules) -> None:
     if shares is not None and rules.scope == "local":
         _drop_over_all(changes, base, rules.whole)
         return _grow(changes, shares, total)
-    if rules.scope == "global":
-        _keep_most_important(changes, base)
-    else:
+    if rules.scope == "local":
         for change in changes:
             change.base = min(change.active, change.budget)
+    else:
+        for change, most in zip(changes, _most_important(changes, base), strict=True):
+            change.base = most
     for change in changes:
-        change.kept = min(change.base, max(change.base - rules.whole(change.rate * change.base), change.fixed))
+        change.kept = change.base - rules.whole(change.rate * change.base)
         change.count = change.budget
+    if rules.scope == "all" and (moving := [change for change in changes if change.rate]):
+        left = sum(change.base for change in moving)
+        left -= rules.whole(max(change.rate for change in moving) * left)
+        for change, most in zip(moving, _most_important(moving, max(left, len(moving))), strict=True):
+            change.kept = most
+    for change in changes:
+        change.kept = min(change.base, max(change.kept, change.fixed))
     if shares is not None:
         _grow(changes, shares, total)
-    elif rules.scope == "global":
+    elif rules.scope != "local":
         bases = [change.base for change in changes]
         for change, more in zip(changes, _room_filled(bases, bases, total, changes), strict=True):
             change.count = change.base + more
@@ -154,12 +180,10 @@ def _room_filled(
     return apportion(shares, total - sum(counts), 0, room)
 
 
-def _keep_most_important(changes: Sequence[Change], total: int) -> None:
-    """The base of each layer is how many of the `total` most important weights over all layers lie in it; at least
-    one."""
+def _most_important(changes: Sequence[Change], total: int) -> list[int]:
+    """How many of the `total` most important weights over all layers lie in each of them; at least one."""
     scores = [change.importance.double().sort(descending=True).values for change in changes]
     owner = torch.cat([torch.full((len(score),), i) for i, score in enumerate(scores)])
     ranked = torch.cat([torch.cat([torch.full_like(score[:1], torch.inf), score[1:]]) for score in scores])
     best = ranked.argsort(descending=True, stable=True)[:total]
-    for change, base in zip(changes, torch.bincount(owner[best], minlength=len(changes)).tolist(), strict=True):
-        change.base = base
+    return torch.bincount(owner[best], minlength=len(changes)).tolist()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -30,7 +31,8 @@ class RuleSet:
 
     Attributes:
         names: of the growth, prune and redistribution rule.
-        needs: what they read of a layer beside weight and mask: "grad", "momentum".
+        needs: what they read of a layer beside weight and mask: "grad", "momentum", "average".
+        pruner: the prune rule as it was given, or found by its name.
     """
 
     def __init__(
@@ -43,18 +45,20 @@ class RuleSet:
         host: Any,
         options: Mapping[str, Mapping[str, Any]],
     ):
-        if scope not in ("local", "global"):
-            raise UsageError(f"`prune_scope` must be local or global, got {scope!r}")
+        if scope not in topology.SCOPES:
+            raise UsageError(f"`prune_scope` must be one of {', '.join(topology.SCOPES)}, got {scope!r}")
         if rounding not in ROUNDINGS:
             raise UsageError(f"`prune_rounding` must be one of {', '.join(ROUNDINGS)}, got {rounding!r}")
-        grower, grow, needs = bound("growth", growth, host, options.get("growth"))
-        pruner, drop, more = bound("pruning", prune, host, options.get("pruning"))
-        sharer, share = "none", None
-        most: set[str] = set()
-        if redistribution != "none":
-            sharer, share, most = bound("redistribution", redistribution, host, options.get("redistribution"))
-        self.names, self.needs = (grower, pruner, sharer), needs | more | most
-        self.rules = topology.Rules(grow, drop, share, scope, ROUNDINGS[rounding])
+        grow = bound("growth", growth, host, options.get("growth"))
+        drop = bound("pruning", prune, host, options.get("pruning"))
+        none = redistribution == "none"
+        share = None if none else bound("redistribution", redistribution, host, options.get("redistribution"))
+        self.names = grow.name, drop.name, share.name if share else "none"
+        self.needs = grow.needs | drop.needs | (share.needs if share else set())
+        self.pruner = drop.plugin
+        over_layers = getattr(drop.plugin, "over_layers", None)
+        whole = ROUNDINGS[rounding]
+        self.rules = topology.Rules(grow.rule, drop.rule, share and share.rule, scope, whole, over_layers)
 
 
 class Updates:
@@ -113,7 +117,8 @@ class Updates:
             record.count, record.dropped = sum(change.count for change in parts), int(n)
             record.fired |= record.mask
             off = None if record.weight.is_cpu else ~record.mask  # an accelerator writes all sooner than a few
-            for tensor in (record.weight.detach(), *stepping.all_states(record.weight)):
+            average = [] if record.average is None else [record.average]
+            for tensor in (record.weight.detach(), *stepping.all_states(record.weight), *average):
                 active.drop(tensor, dropped) if off is None else tensor.masked_fill_(off, 0)
             stepping.packed.move(record.weight, record.active)
         stepping.masked.follow({record.name: record.mask for record in records})
@@ -130,6 +135,18 @@ class Updates:
             parts = zip(record.keys, seen, record.places(), strict=True)
             changes.append([topology.Change(each, at, budgets[key], 0.0 if still else rate) for key, each, at in parts])
         return changes
+
+    @torch.no_grad()
+    def removed(self, rules: RuleSet, rate: float, generator: torch.Generator) -> dict[str, Tensor]:
+        """Masks of the weights that an update at the present density would prune; nothing is changed."""
+        budgets = {key: len(at) for r in self.records.values() for key, at in zip(r.keys, r.places(), strict=True)}
+        changes = self._changes(rules.needs, budgets, rate)
+        for change in (each for parts in changes for each in parts):
+            change.layer = dataclasses.replace(change.layer, mask=change.layer.mask.clone(), generator=generator)
+        topology.drop([change for parts in changes for change in parts], rules.rules, generator)
+        left = {record.name: torch.cat([change.layer.mask for change in parts])
+                for record, parts in zip(self.records.values(), changes, strict=True)}  # fmt: skip
+        return {name: self.records[name].mask & ~mask for name, mask in left.items()}
 
     def _reconnect(self, rules: topology.Rules, seen: Sequence[Layer], before: Mapping[str, Tensor]) -> None:
         """Bring what an update left off path back onto paths, by importance and by growth score."""

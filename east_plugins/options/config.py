@@ -81,7 +81,7 @@ class Config:
         None, "share of the active weights replaced in an update (default: 0.5)", type=float
     )
     fix: bool = option(False, "the topology is never updated, as with ITOP's flag of that name")
-    decay_schedule: str = option("cosine", "decay of the death rate: cosine, linear or constant")
+    decay_schedule: str = option("cosine", "decay of the death rate: cosine, linear, constant or stepped")
     update_frequency: int | None = option(
         None, "steps between topology updates (default: SET 1500, RigL and EAST 4000 of 250 epochs' steps)", type=int
     )
@@ -93,7 +93,10 @@ class Config:
         None, "residual branches whose last norm's scale starts at zero: all, or loops, those of blocks without a "
         "projection (default: none)", choices=["all", "loops"],
     )  # fmt: skip
-    prune_scope: str | None = option(None, "prune per layer or over all (default: local)", choices=["local", "global"])
+    prune_scope: str | None = option(
+        None, "prune per layer; global: what a falling density drops is found over all layers; all: what is replaced, "
+        "too (default: local)", choices=["local", "global", "all"],
+    )  # fmt: skip
     prune_rounding: str | None = option(
         None, "the share of a layer that is replaced as a whole number (default: floor; ITOP: ceil)",
         choices=["floor", "ceil"],
@@ -288,6 +291,7 @@ class Config:
         values["plugin_options"] = self._resolve_options(values)
         found = Resolved(**values, steps_per_epoch=steps_per_epoch)
         found.schedule()
+        found.rate_decay()
         return found
 
     def _resolve_east(
@@ -373,8 +377,12 @@ class Resolved(Config):
 
     def rate_decay(self) -> RateDecay:
         """The prune rate over the run."""
-        make = registry.rate.bound(self.decay_schedule, self.options_of("decay_schedule"))
-        return make(self.death_rate, self.steps)
+        options = self.options_of("decay_schedule")
+        make = registry.rate.bound(self.decay_schedule, options)
+        try:
+            return make(self.death_rate, self.steps)
+        except UsageError as error:
+            raise UsageError(plugged.rename(str(error), options, "decay_schedule_")) from error
 
     def options_of(self, setting: str) -> dict[str, Any]:
         """The options of the plugin that a setting names, under the plugin's own names."""

@@ -28,8 +28,9 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor, nn
 
-#: What a rule may declare that it needs of a layer: the dense gradient of the loss, or its running average.
-Need = Literal["grad", "momentum"]
+#: What a rule may declare that it needs of a layer: the dense gradient of the loss, its running average, or, a prune
+#: rule, the running average of what its own `score` says of the active weights at every step.
+Need = Literal["grad", "momentum", "average"]
 NEEDS: tuple[str, ...] = get_args(Need)
 
 
@@ -52,8 +53,9 @@ class Layer:
 
     `weight`, `mask` (bool, True is active) and `fired` (bool, active at least once so far) have the weight's
     shape. `grad` is the dense gradient of the loss and `momentum` its dense running average
-    `m <- beta * m + grad`, kept for rules registered with `needs=("momentum",)`. `generator` is a CPU generator,
-    the same on every rank, for rules that draw numbers of their own.
+    `m <- beta * m + grad`, kept for rules registered with `needs=("momentum",)`; `average` is that of a prune rule's
+    own `score`, of active weights only, for `needs=("average",)`. `generator` is a CPU generator, the same on every
+    rank, for rules that draw numbers of their own.
     """
 
     name: str
@@ -63,6 +65,7 @@ class Layer:
     generator: torch.Generator
     dense_grad: Tensor | None = None
     dense_momentum: Tensor | None = None
+    score_average: Tensor | None = None
 
     @property
     def grad(self) -> Tensor:
@@ -73,6 +76,11 @@ class Layer:
     def momentum(self) -> Tensor:
         """Dense running average of gradients; raises `UsageError` before the first step."""
         return self._require(self.dense_momentum, "momentum: declare needs=('momentum',)")
+
+    @property
+    def average(self) -> Tensor:
+        """Running average of the prune rule's own score, 0 where inactive; raises `UsageError` before a step."""
+        return self._require(self.score_average, "running average of scores: declare needs=('average',)")
 
     def _require(self, tensor: Tensor | None, what: str) -> Tensor:
         if tensor is None:
@@ -87,7 +95,11 @@ class GrowthRule(Protocol):
 
 
 class PruneRule(Protocol):
-    """The importance of every weight; the host drops the active ones with the lowest. `inf`: do not replace."""
+    """The importance of every weight; the host drops the active ones with the lowest. `inf`: do not replace.
+
+    Two methods are called where a rule has them: `over_layers(layers)`, for importances of several layers that are to
+    be compared with one another, and, of a rule that needs "average", `score(layer)` after every step.
+    """
 
     def __call__(self, layer: Layer, /) -> Tensor: ...
 

@@ -6,6 +6,7 @@ exact).
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -23,13 +24,31 @@ def magnitude(layer: Layer) -> Tensor:
 
 
 @pruning.register("SET")
-def smallest_of_each_sign(layer: Layer) -> Tensor:
-    """The smallest positive and the largest negative weights, alternately (SET, Mocanu et al. 2018)."""
-    importance = torch.zeros_like(layer.weight, dtype=torch.float32)
-    for one_sign in (layer.mask & (layer.weight >= 0), layer.mask & (layer.weight < 0)):
-        size = layer.weight[one_sign].abs()
-        importance[one_sign] = size.argsort(stable=True).argsort().float()
-    return importance
+@dataclass(frozen=True)
+class SmallestOfEachSign:
+    """The smallest positive and the largest negative weights, as many of each as there are (SET, Mocanu et al. 2018).
+
+    An importance is a weight's rank among those of its sign, so that the lowest of all are half of either sign as far
+    as there are any; zeros count as positive, equal weights are ranked at random.
+    """
+
+    def __call__(self, layer: Layer) -> Tensor:
+        return self.over_layers([layer])[0]
+
+    def over_layers(self, layers: Sequence[Layer]) -> list[Tensor]:
+        """Ranks among the active weights of one sign of all layers together, for pruning over all layers."""
+        active = torch.cat([layer.weight[layer.mask].float() for layer in layers])
+        ranks = torch.empty_like(active)
+        for one_sign in (active >= 0, active < 0):
+            size = active[one_sign].abs()
+            shuffled = torch.randperm(len(size), generator=layers[0].generator).to(size.device)
+            order = shuffled[size[shuffled].argsort(stable=True)]
+            ranks[one_sign] = torch.empty_like(size).index_copy_(0, order, torch.arange(len(size)).to(size))
+        parts = ranks.split([int(layer.mask.sum()) for layer in layers])
+        return [
+            torch.zeros_like(layer.weight, dtype=torch.float32).masked_scatter_(layer.mask, part)
+            for layer, part in zip(layers, parts, strict=True)
+        ]
 
 
 @pruning.register("threshold")
@@ -59,3 +78,75 @@ def taylor(layer: Layer) -> Tensor:
 def random(layer: Layer) -> Tensor:
     """Any active weight, equally likely: all importances tie, the host draws."""
     return layer.weight.new_zeros(()).expand_as(layer.weight)
+
+
+@pruning.register("MEST", needs=("grad",))
+@dataclass(frozen=True)
+class MEST:
+    """Magnitude and where it is heading, |weight| + lam * |gradient| (MEST, Yuan et al. 2021)."""
+
+    lam: float = option(1.0, "factor on the gradient's magnitude", type=float)
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.lam < torch.inf:
+            raise UsageError(f"`lam` must be at least 0, got {self.lam}")
+
+    def __call__(self, layer: Layer) -> Tensor:
+        return layer.weight.abs() + self.lam * layer.grad.abs()
+
+
+#: Keeps quotients finite. Of weights with equal zeros below the line the other factor decides.
+_EPSILON = 1e-8
+
+
+@pruning.register("sensitivity", needs=("grad",))
+def sensitivity(layer: Layer) -> Tensor:
+    """Relative change that the gradient asks for, |gradient| / |weight| (Naji et al. 2021)."""
+    return layer.grad.abs() / (layer.weight.abs() + _EPSILON)
+
+
+@pruning.register("rsensitivity", needs=("grad",))
+@pruning.register("ReciprocalSensitivity", needs=("grad",))
+def rsensitivity(layer: Layer) -> Tensor:
+    """Weights that the gradient leaves as they are: |weight| / |gradient| (Nowak et al. 2023, Section 3.2)."""
+    return layer.weight.abs() / (layer.grad.abs() + _EPSILON)
+
+
+@pruning.register("SNIP", needs=("grad",))
+def snip(layer: Layer) -> Tensor:
+    """First-order change of the loss without the weight, |weight * gradient| (Lee et al. 2019; in dynamic sparse
+    training Nowak et al. 2023)."""
+    return (layer.weight * layer.grad).abs()
+
+
+@dataclass(frozen=True)
+class Running:
+    """A score averaged over steps, `average <- beta * average + (1 - beta) * score` since the weight became active.
+
+    The host calls `score` after every step with the active weights of a layer, one dimension, and keeps the average.
+    """
+
+    beta: float = option(0.9, "share of the average that stays at each step", type=float)
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.beta < 1:
+            raise UsageError(f"`beta` must be from 0 on and below 1, got {self.beta}")
+
+    def __call__(self, layer: Layer) -> Tensor:
+        return layer.average
+
+
+@pruning.register("RunningMagnitude", needs=("average",))
+class RunningMagnitude(Running):
+    """Magnitude of the weight, averaged over steps (Nowak et al. 2023, their code)."""
+
+    def score(self, layer: Layer) -> Tensor:
+        return magnitude(layer)
+
+
+@pruning.register("RunningSNIP", needs=("average",))
+class RunningSNIP(Running):
+    """|weight * gradient|, averaged over steps (Nowak et al. 2023, their code)."""
+
+    def score(self, layer: Layer) -> Tensor:
+        return snip(layer)

@@ -59,3 +59,28 @@ class Constant(RateDecay):
 
     def __call__(self, step: int) -> float:
         return self.initial
+
+
+@registry.register("stepped")
+@dataclass(frozen=True)
+class Stepped:
+    """The first rate times `factor` after every `every` steps (ITOP's linear schedule; Nowak et al. 2023, Appendix J).
+
+    Raises `UsageError` for a rate outside [0, 1], a factor outside (0, 1], and less than one step.
+    """
+
+    initial: float
+    steps: int
+    factor: float = option(0.99, "what the rate is multiplied by", type=float)
+    every: int = option(600, "steps between", type=int)
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.initial <= 1:
+            raise UsageError(f"`death_rate` must be in [0, 1], got {self.initial}")
+        if not 0 < self.factor <= 1:
+            raise UsageError(f"`factor` must be over 0 and at most 1, got {self.factor}")
+        if self.every < 1:
+            raise UsageError(f"`every` must be at least 1, got {self.every}")
+
+    def __call__(self, step: int) -> float:
+        return self.initial * self.factor ** (step // self.every)

@@ -93,7 +93,7 @@ def test_counts_are_exact_after_every_update(grow, prune, tied, cyclic):
     assert host.nonzeros == final
 
 
-@pytest.mark.parametrize("scope", ["local", "global"])
+@pytest.mark.parametrize("scope", ["local", "global", "all"])
 @pytest.mark.parametrize("redistribute", REDISTRIBUTION)
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 def test_counts_are_exact_for_every_optimizer_redistribution_and_scope(optimizer, redistribute, scope):
