@@ -9,10 +9,12 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import UsageError
+from ..ops import distributed
 from ..ops.counts import apportion
 from ..plugins import registry
 from ..plugins.allocation.layerwise import budgets, random_mask
 from ..plugins.allocation.position import places
+from ..plugins.allocation.sample import Sample
 from .layers import block_names
 
 
@@ -39,9 +41,10 @@ def draw(
     total: int,
     input_shape: Sequence[int] | None,
     generator: torch.Generator,
+    sample: Sample | None = None,
 ) -> dict[str, Tensor]:
     """Boolean masks of the weights, `total` active ones over all; raises as `Allocation.draw`."""
-    drawn = allocation.draw(model, blocks(weights), wanted, total, input_shape, generator)
+    drawn = allocation.draw(model, blocks(weights), wanted, total, input_shape, generator, sample)
     return {name: torch.cat([drawn[key] for key in block_names(name, each.blocks)]) for name, each in weights.items()}
 
 
@@ -66,9 +69,10 @@ class Allocation:
         total: int,
         input_shape: Sequence[int] | None,
         generator: torch.Generator,
+        sample: Sample | None = None,
     ) -> dict[str, Tensor]:
-        """Boolean masks of the weights with `total` active ones over all, which is `wanted` as a whole number; raises
-        `UsageError` where an input's shape is needed and None."""
+        """Boolean masks of the weights with `total` active ones over all, which is `wanted` as a whole number, the same
+        on every rank; raises `UsageError` where an input's shape or training data are needed and None."""
         if input_shape is None and (self.follows or self._by_place):
             raise UsageError(f"`sparse_init` {self.name} needs add_module(..., input_shape=(channels, height, width))")
         if self._by_place:
@@ -78,7 +82,15 @@ class Allocation:
         counts = self.budgets(weights, wanted, total, start=True)
         if not self.meta.get("draws"):
             return {name: random_mask(weight.shape, counts[name], generator) for name, weight in weights.items()}
-        masks = self.rule(model, counts, input_shape, generator)
+        data = []
+        if self.meta.get("needs_data"):
+            if sample is None:
+                raise UsageError(
+                    f"`sparse_init` {self.name} looks at the loss on training data, and there is none here: give "
+                    "`batches`, such as a DataLoader, to add_module or Masking.of"
+                )
+            data = [sample]
+        masks = distributed.from_rank_0(self.rule(model, counts, input_shape, generator, *data))
         if self.meta.get("keeps_counts"):  # the scores, not the allocation, gave the layers their shares
             self.take({name: int(mask.sum()) for name, mask in masks.items()})
         return masks
@@ -86,7 +98,8 @@ class Allocation:
     @property
     def follows(self) -> bool:
         """Whether masks are drawn along the network."""
-        return bool(self.meta.get("draws")) and self.meta.get("needs_input", True)
+        needs_input = self.meta.get("needs_input", True) or getattr(self.rule, "connected", False)
+        return bool(self.meta.get("draws")) and needs_input
 
     def take(self, drawn: dict[str, int] | None) -> None:
         """Give every layer its share of these counts from here on."""

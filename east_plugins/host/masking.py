@@ -9,11 +9,13 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..errors import UsageError
 from ..ops import distributed
 from ..ops.maskable import modules_of, unwrap
+from ..plugins.allocation.sample import Loss, Sample
 from ..plugins.protocols import HostPlugin
 from . import presets
 from .books import Books
@@ -147,6 +149,8 @@ class Masking(Books, Pace):
         exclude: Exclude | Iterable[Exclude] = (),
         input_shape: Sequence[int] | None = None,
         weight_init: str = "default",
+        batches: Iterable[Sequence[Tensor]] | None = None,
+        loss: Loss = F.cross_entropy,
     ) -> None:
         """Mask the matrices of `module` that are trained, at `density` of their theoretical (unshared) size: weights
         of convolutions, linear and bilinear layers, embeddings, recurrent layers (each gate) and attention (each of
@@ -158,6 +162,9 @@ class Masking(Books, Pace):
             exclude: what is left dense: names of parameters or modules, patterns (`layer4.*`), modules, classes.
             input_shape: (channels, height, width) of one input, for `connected` and `keep_connected`.
             weight_init: `default` keeps the values, `sparse-fan-in` redraws them for the active fan-in.
+            batches: pairs of training inputs and targets, such as a DataLoader, for allocations that look at the loss
+                (`snip`, `grasp`, `force`, `iter_snip`).
+            loss: `loss(output, target)`, the mean loss of a batch, for the same.
 
         Raises `UsageError` for a second module (wrap both in one `nn.ModuleDict`), a density out of range, one too
         small to give every layer a weight, and for layers whose weights cannot be masked.
@@ -169,7 +176,8 @@ class Masking(Books, Pace):
         schedule = self._frequency if self.schedule is None else self.schedule
         asked = sparse_init, self._options.get("allocation")
         start = Start.of(module, density, asked, exclude, input_shape, schedule, self.keep_connected, self.optimizer)
-        masks = start.masks(self.generator)
+        sample = None if batches is None else Sample(batches, loss)
+        masks = start.masks(self.generator, sample)
         self.density, self.sparse_init = start.density, sparse_init
         self.schedule, self.input_shape = start.schedule, start.shape
         self.modules, self._frozen = [module], start.frozen

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
+import torch.nn.functional as F
+from torch import Tensor, nn
 
 from ..errors import NothingMatchedError, UsageError
 from ..ops import param_groups
@@ -15,6 +16,7 @@ from ..options import plugged, sources
 from ..options.config import Resolved
 from ..plugins.activation import factory
 from ..plugins.activation.phased import PhasedActivations, attach
+from ..plugins.allocation.sample import Loss
 from ..plugins.protocols import HostPlugin
 from ..plugins.transform.quiet import quiet_scales, silence
 from ..plugins.transform.sharing import share
@@ -34,6 +36,8 @@ def of(
     input_shape: Sequence[int] | None = None,
     epochs: int = 1,
     seed: int = 0,
+    batches: Iterable[Sequence[Tensor]] | None = None,
+    loss: Loss = F.cross_entropy,
     **settings: Any,
 ) -> Masking:
     """A host that trains `model` by a method of `train`, over an optimizer that is there already.
@@ -51,6 +55,9 @@ def of(
         input_shape: of one input without the batch; for `connected` starts and DyReLU.
         epochs: parts of the run in which `lr_drops` and EAST's lengths are counted; 1 counts them as shares of it.
         seed: of everything random in the host.
+        batches: pairs of training inputs and targets, such as a DataLoader, for methods that look at the data when
+            they begin: `snip`, `grasp`, `force`, `iter_snip`.
+        loss: `loss(output, target)`, the mean loss of a batch, for the same.
         settings: any other flag of `train` that concerns the method, such as `death_rate=0.3`,
             `east_cyclic_length=50` or `growth_tau=0.1`.
 
@@ -77,7 +84,8 @@ def of(
     if phased is not None:
         phased.join(optimizer)
     silence(scales)
-    return hosted(kind, resolved, model, optimizer, input_shape, [phased] if phased is not None else [])
+    plugins = [phased] if phased is not None else []
+    return hosted(kind, resolved, model, optimizer, input_shape, plugins, batches, loss)
 
 
 def hosted(
@@ -87,6 +95,8 @@ def hosted(
     optimizer: torch.optim.Optimizer,
     input_shape: Sequence[int] | None,
     plugins: Sequence[HostPlugin] = (),
+    batches: Iterable[Sequence[Tensor]] | None = None,
+    loss: Loss = F.cross_entropy,
 ) -> Masking:
     """The host that resolved options describe, over a model and optimizer whose tricks are applied."""
     host = kind(
@@ -110,6 +120,8 @@ def hosted(
         sparse_init=resolved.sparse_init,
         input_shape=input_shape,
         weight_init=resolved.weight_init,
+        batches=batches,
+        loss=loss,
     )
     return host
 

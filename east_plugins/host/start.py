@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from ..errors import UsageError
 from ..ops import distributed
 from ..ops.maskable import unwrap
+from ..plugins.allocation.sample import Sample
 from ..plugins.density import Constant, check_density
 from .budgets import Allocation, draw
 from .choice import Chosen, Exclude, check_followed, choose
@@ -87,9 +88,9 @@ class Start:
         final = round(density * size)
         return cls(density, shape, schedule, chosen, frozen, size, final, allocation, unwrap(module))
 
-    def masks(self, generator: torch.Generator) -> dict[str, Tensor]:
-        """Boolean masks, the same ones on every rank."""
+    def masks(self, generator: torch.Generator, sample: Sample | None = None) -> dict[str, Tensor]:
+        """Boolean masks, the same ones on every rank; `sample` are training data for allocations that look at them."""
         room = sum(each.weight.numel() for each in self.chosen.values())
         total, exact = wanted(self.schedule, 0, self.final, room), self.schedule.density(0) * self.size
-        drawn = draw(self.allocation, self.model, self.chosen, exact, total, self.shape, generator)
+        drawn = draw(self.allocation, self.model, self.chosen, exact, total, self.shape, generator, sample)
         return distributed.from_rank_0(drawn)

@@ -15,6 +15,7 @@ from ..ops.paths import effective_density
 from ..options.config import Config
 from ..options.east import REFERENCE_STEPS_PER_EPOCH
 from ..options.flags import check_size
+from ..plugins import registry
 from ..training import runs
 from . import timing
 from .costs import costs
@@ -34,6 +35,8 @@ def describe(options: Config, classes: int, channels: int) -> dict[str, Any]:
     if resolved.east.dyrelu:
         presets.activations(resolved, model, shape)
     optimizer = torch.optim.SGD(model.parameters())
+    if registry.allocation.entry(resolved.sparse_init).meta.get("needs_data"):
+        raise UsageError(f"`sparse_init` {resolved.sparse_init} looks at training data, and `info` has none")
     host = presets.hosted(Masking, resolved, model, optimizer, shape)
     report = dataclasses.asdict(costs(model, shape, host.name2nonzeros))
     report["nonzeros_start"] = host.nonzeros

@@ -42,6 +42,10 @@ _RIGL = dict(growth="gradient", death="magnitude")
 METHODS: dict[str, Preset] = {
     "dense": Preset("all weights active", dict(density=1.0), static=True),
     "static": Preset("a random mask, never updated", static=True),
+    "snip": Preset("Lee et al. 2019", dict(sparse_init="snip"), static=True),
+    "grasp": Preset("Wang et al. 2020", dict(sparse_init="grasp"), static=True),
+    "force": Preset("de Jorge et al. 2021", dict(sparse_init="force"), static=True),
+    "iter_snip": Preset("de Jorge et al. 2021; Verdenius et al. 2020", dict(sparse_init="iter_snip"), static=True),
     "synflow": Preset("Tanaka et al. 2020", dict(sparse_init="synflow"), static=True),
     "set": Preset("Mocanu et al. 2018", dict(growth="random", death="magnitude"), update=1500),
     "rigl": Preset("Evci et al. 2020", _RIGL, update=4000),
@@ -76,6 +80,12 @@ TRICKS: dict[str, Preset] = {
     "connected": Preset("every weight on a path", dict(sparse_init="connected", weight_init="sparse-fan-in")),
     "dctps": Preset("Price and Tanner 2021", dict(dctps=True)),
 }
+
+
+#: Allocations by saliency, and what `+connected` adds to them: they stay, weights off path move onto one, and initial
+#: values are those that were scored.
+SALIENCY = ("snip", "grasp", "force", "iter_snip", "synflow")
+REPAIRED = Preset("every weight on a path", dict(sparse_init_connected=True))
 
 
 @dataclass(frozen=True)
@@ -157,7 +167,8 @@ def preset(name: str, dctps: bool | None = None) -> Preset:
             raise UsageError(f"`method` {name}: {UnknownNameError('trick', trick, TRICKS)}")
         if trick in tricks[:i]:
             raise UsageError(f"`method` {name}: trick {trick} is there twice; allowed is once")
-        found = found.with_(TRICKS[trick])
+        repairs = trick == "connected" and found.settings.get("sparse_init") in SALIENCY
+        found = found.with_(REPAIRED if repairs else TRICKS[trick])
     if ("dctps" in tricks if dctps is None else dctps) and "share" not in tricks:
         found = found.without("east_share")
     return found

@@ -126,11 +126,13 @@ class LayerCounts(Protocol):
 
 class MaskDraw(Protocol):
     """An allocation that draws masks itself (registered with `draws=True`): boolean CPU tensors with `budgets[name]`
-    active weights each, or with their sum over all where it is registered with `keeps_counts=True`."""
+    active weights each, or with their sum over all where it is registered with `keeps_counts=True`. One registered
+    with `needs_data=True` gets a fifth argument, the `allocation.sample.Sample` of the training data."""
 
     def __call__(
-        self, model: nn.Module, budgets: Mapping[str, int], input_shape: Sequence[int], generator: torch.Generator, /
-    ) -> dict[str, Tensor]: ...
+        self, model: nn.Module, budgets: Mapping[str, int], input_shape: Sequence[int], generator: torch.Generator,
+        /, *data: Any,
+    ) -> dict[str, Tensor]: ...  # fmt: skip
 
 
 class DensitySchedule(Protocol):

@@ -88,6 +88,18 @@ class Images(_Set):
             yield self._normalise(images, channels_last), self.labels[order[part]]
 
 
+class Batches:
+    """Shuffled training batches of images to go through again and again, by a generator of their own: what is read
+    here changes nothing in the batches that are trained on."""
+
+    def __init__(self, images: _Set, batch_size: int, seed: int, channels_last: bool = False):
+        self._images, self._size, self._channels_last = images, batch_size, channels_last
+        self._generator = torch.Generator().manual_seed(seed)
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        return self._images.batches(self._size, self._generator, self._channels_last)
+
+
 def _crop(images: Tensor, top: Tensor, left: Tensor, mirror: Tensor, padding: int, mode: str) -> Tensor:
     """Every image at its own offset in its padded self, mirrored where told."""
     count, channels, height, width = images.shape

@@ -28,7 +28,7 @@ from ..plugins import registry
 from ..sparse import Engine
 from . import runs, state
 from .graphed import GraphedStep
-from .images import Data, Images
+from .images import Batches, Data, Images
 from .interrupts import Interrupt, caught
 from .progress import Progress
 from .state import Totals
@@ -97,7 +97,8 @@ class Trainer:
         milestones = [round(min(epoch, options.epochs) * options.steps_per_epoch) for epoch in options.lr_drops]
         self.scheduler = torch.optim.lr_scheduler.MultiStepLR(self.optimizer, milestones, gamma=0.1)
         plugins = [] if self.phased is None else [self.phased]
-        self.host = presets.hosted(Masking, options, self.model, self.optimizer, shape, plugins)
+        batches = Batches(self.data.train, options.batch_size, options.seed, options.channels_last)
+        self.host = presets.hosted(Masking, options, self.model, self.optimizer, shape, plugins, batches)
         self.host.reads_dense_gradients = options.clip_norm is not None and options.clip_norm_of != "active"
         self.engine = Engine(self.host, shape, "dense" if options.compile or options.cuda_graph else options.engine)
         self.forward = torch.compile(self.model) if options.compile else self.model

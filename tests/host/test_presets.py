@@ -32,7 +32,8 @@ def test_every_method_trains_at_its_density(method):
     model = network()
     optimizer = torch.optim.SGD(model.parameters(), 0.01, momentum=0.9)
     density = None if method == "dense" else 0.1
-    mask = Masking.of(method, model, optimizer, density=density, steps=40, input_shape=SHAPE)
+    data = [(torch.randn(20, *SHAPE), torch.arange(20) % 10)]
+    mask = Masking.of(method, model, optimizer, density=density, steps=40, input_shape=SHAPE, batches=data)
     steps(model, optimizer, mask, 40)
     expected = round((density or 1) * mask.theoretical_size)
     assert mask.nonzeros == expected == mask.target_nonzeros(40)

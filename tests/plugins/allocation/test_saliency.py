@@ -7,14 +7,14 @@ from torch import nn
 from east_plugins import Masking
 from east_plugins.ops.maskable import maskable
 from east_plugins.ops.paths import on_path
-from east_plugins.plugins.allocation.saliency import synflow
+from east_plugins.plugins.allocation.saliency import SynFlow
 from east_plugins.training import models
 
 
 def draw(model, total, shape=(1, 8, 8)):
     names = list(maskable(model))
     budgets = {name: total // len(names) for name in names}
-    return synflow(model, budgets, shape, torch.Generator().manual_seed(0)), sum(budgets.values())
+    return SynFlow()(model, budgets, shape, torch.Generator().manual_seed(0)), sum(budgets.values())
 
 
 def test_counts_are_exact_and_every_layer_keeps_a_weight():
@@ -38,7 +38,7 @@ def test_one_round_of_a_chain_by_hand():
     with torch.no_grad():
         model[0].weight.copy_(torch.tensor([[3.0, -1.0], [0.1, 0.2]]))
         model[2].weight.copy_(torch.tensor([[-2.0, 0.5]]))
-    masks = synflow(model, {"0.weight": 1, "2.weight": 1}, (2,), torch.Generator())
+    masks = SynFlow()(model, {"0.weight": 1, "2.weight": 1}, (2,), torch.Generator())
     assert masks["0.weight"].tolist() == [[True, False], [False, False]]
     assert masks["2.weight"].tolist() == [[True, False]]
 
