@@ -31,7 +31,8 @@ def describe(options: Config, classes: int, channels: int) -> dict[str, Any]:
     check_size("channels", channels)
     resolved = options.resolve(steps_per_epoch=REFERENCE_STEPS_PER_EPOCH)
     shape = _shape(options, channels)
-    model = runs.build_model(resolved, classes, shape)
+    with options.origins.told():
+        model = runs.build_model(resolved, classes, shape)
     if resolved.east.dyrelu:
         presets.activations(resolved, model, shape)
     optimizer = torch.optim.SGD(model.parameters())

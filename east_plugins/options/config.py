@@ -16,6 +16,7 @@ from ..plugins.protocols import DensitySchedule, RateDecay
 from . import east, methods, plugged
 from .east import EastOptions, ResolvedEast, scaled_steps
 from .flags import check_choices, check_size, option
+from .inherit import Origins
 
 
 def _epochs(text: str) -> list[float]:
@@ -83,8 +84,9 @@ class Config:
     fix: bool = option(False, "the topology is never updated, as with ITOP's flag of that name")
     decay_schedule: str = option("cosine", "decay of the death rate: cosine, linear, constant or stepped")
     update_frequency: int | None = option(
-        None, "steps between topology updates (default: SET 1500, RigL and EAST 4000 of 250 epochs' steps)", type=int
-    )
+        None, "steps between topology updates (default: SET 1500, RigL and EAST 4000 of 250 epochs' steps)", type=int,
+        counted=True,
+    )  # fmt: skip
     sparse_init: str | None = option(None, "allocation, see `plugins` (default: ERK)")
     weight_init: str | None = option(
         None, "initial values; sparse-fan-in scales them for the active fan-in", choices=["default", "sparse-fan-in"]
@@ -121,6 +123,7 @@ class Config:
         None,
         "epochs of tenfold drops of the rate (default: at a half and three quarters; adam: none)",
         type=_epochs,
+        counted=True,
         metavar="E,E",
     )
     momentum: float = option(0.9, "momentum of sgd", type=float)
@@ -156,6 +159,7 @@ class Config:
     channels_last: bool = option(False, "channels-last memory format")
     east: EastOptions = EastOptions()
     plugin_options: Mapping[str, Any] = field(default_factory=dict)
+    origins: Origins = field(default=Origins(), compare=False, repr=False)  #: for messages only
 
     def __post_init__(self) -> None:
         methods.preset(self.method, self.dctps)
@@ -233,7 +237,7 @@ class Config:
 
     def as_dict(self) -> dict[str, Any]:
         """Flag names to values, as `--config` reads them."""
-        skipped = ("east", "plugin_options", "steps_per_epoch")
+        skipped = ("east", "plugin_options", "origins", "steps_per_epoch")
         values = {name: value for name, value in vars(self).items() if name not in skipped and value is not None}
         values |= {f"east_{name}": value for name, value in self._told_of_east().items()}
         values |= self.plugin_options
@@ -273,6 +277,10 @@ class Config:
         What is asked for goes before what the method stands for, and that before the defaults. Raises `UsageError`
         where settings contradict each other or the method.
         """
+        with self.origins.told():
+            return self._resolve(steps_per_epoch)
+
+    def _resolve(self, steps_per_epoch: int) -> Resolved:
         total, preset, recipe = self.epochs * steps_per_epoch, self.preset, self._recipe()
         adam = self.optimizer != "sgd"
         drops = () if adam else recipe.pop("lr_drops", (0.5, 0.75))

@@ -40,7 +40,7 @@ class EastOptions:
     cyclic_pattern: str = option("triangular", "shape of a cycle", choices=sorted(PATTERNS))
     cyclic_cycles: int = option(2, "number of cycles", type=int)
     cyclic_length: float | None = option(
-        None, "epochs of the first cycle (default: a fifth of the run, as 50 of 250)", type=float
+        None, "epochs of the first cycle (default: a fifth of the run, as 50 of 250)", type=float, counted=True
     )
     cyclic_multiplier: float = option(10.0, "peak density as a multiple of the target", type=float)
     cyclic_length_mult: float = option(1.0, "length of each cycle as a multiple of the one before", type=float)
@@ -48,6 +48,7 @@ class EastOptions:
         None,
         "steps between topology updates inside the cycles (default: the run's steps / 251, as 350 of 88,000)",
         type=int,
+        counted=True,
     )
     cyclic_replace: bool | None = option(
         None, "updates inside the cycles replace weights as well, beside following the density", switch=True
@@ -66,11 +67,12 @@ class EastOptions:
         None, "DyReLU's hidden layer has a channel for every N of its input (default: 4)", type=int
     )
     dyrelu_start: float | None = option(
-        None, "epoch at which the phase-out starts (default: half of its end)", type=float
+        None, "epoch at which the phase-out starts (default: half of its end)", type=float, counted=True
     )
     dyrelu_end: float | None = option(
-        None, "epoch at which plain ReLU is left (default: just before the first learning-rate drop)", type=float
-    )
+        None, "epoch at which plain ReLU is left (default: just before the first learning-rate drop)", type=float,
+        counted=True,
+    )  # fmt: skip
     dyrelu_blend: str | None = option(
         None, "blended in the phase-out: outputs, or DyReLU's coefficients with (1, 0, 0, 0) (default: outputs)",
         choices=["outputs", "coefficients"],

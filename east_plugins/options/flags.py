@@ -97,6 +97,7 @@ def add_flag(parser: argparse._ActionsContainer, dest: str, field: dataclasses.F
     """Add the flag of one field; `--like-this` and `--like_this` both work. A flag that is not given leaves no trace in
     the namespace. Raises `UsageError` where another flag has the name."""
     settings = dict(field.metadata)
+    settings.pop("counted", None)
     aliases, switch = settings.pop("aliases", ()), settings.pop("switch", isinstance(field.default, bool))
     if switch:
         settings["action"] = "store_true"

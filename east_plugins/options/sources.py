@@ -5,14 +5,17 @@ from __future__ import annotations
 import argparse
 import dataclasses
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from ..errors import UsageError
-from . import east, flags, methods, plugged
+from . import east, flags, inherit, methods, plugged
 from .config import Config
 from .east import EastOptions
+from .inherit import Origins
 
-_FIELDS = {field.name for field in dataclasses.fields(Config)} - {"east", "plugin_options"}
+_FIELDS = {field.name for field in dataclasses.fields(Config)} - {"east", "plugin_options", "origins"}
 _EAST = {f"east_{field.name}" for field in dataclasses.fields(EastOptions)}
 #: Parameters of `train`, `compare`, what is exported and what is measured that are flags as well.
 _OTHERS = {
@@ -29,6 +32,9 @@ _OTHERS = {
     "latency",
 }
 _OTHERS |= {"densities", "itop", "sparseprop", "plot"}
+#: Settings counted in epochs or steps, apart from those of plugins.
+_COUNTED = {field.name for field in dataclasses.fields(Config) if field.metadata.get("counted")}
+_COUNTED |= {f"east_{field.name}" for field in dataclasses.fields(EastOptions) if field.metadata.get("counted")}
 _SPOKEN = _FIELDS | _EAST | _OTHERS
 _SWITCHES = tuple(f"east_{name}" for name in east.SWITCHES)
 
@@ -40,7 +46,9 @@ def spoken(message: str) -> str:
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
     """Add all flags of a run, `--config` and the `--east-*` flags among them."""
-    parser.add_argument("--config", metavar="FILE", help="YAML file with flags as keys; flags given here go before it")
+    parser.add_argument("--config", metavar="FILE", help="YAML file with flags as keys, and base: a file to "
+                        "inherit from; flags given here go before it; with other --epochs what it counts in epochs and "
+                        "steps is scaled")  # fmt: skip
     run = parser.add_argument_group("run")
     flags.add_flags(run, Config)
     run.add_argument(
@@ -70,7 +78,8 @@ def add_plugin_flags(parser: argparse.ArgumentParser, known: Mapping[str, Any]) 
     """Add the options of the plugins that are named, by flags, the `--config` file or the method, as flags."""
     given = {name: value for name, value in known.items() if value is not None}
     if (path := given.get("config")) is not None:
-        given = {**_names(flags.read_yaml(path, "--config")), **given}
+        file = path.values if isinstance(path, File) else _names(inherit.chain(path))
+        given = {**file, **given}
     if options := dict(plugged.fields(_chosen(given))):
         group = parser.add_argument_group("options of the plugins named")
         for name, field in options.items():
@@ -78,20 +87,39 @@ def add_plugin_flags(parser: argparse.ArgumentParser, known: Mapping[str, Any]) 
                 flags.add_flag(group, name, field)
 
 
+@dataclass(frozen=True)
+class File:
+    """What a `--config` file and those that it inherits from say, as parsed flags; `origins` maps each setting to its
+    key and file, for messages."""
+
+    path: str
+    values: Mapping[str, Any]
+    origins: Mapping[str, str]
+
+
 def from_flags(given: Mapping[str, Any], method: str = Config.method, data: str = Config.data) -> Config:
-    """The run that parsed flags describe: the flags themselves, then `--config`.
+    """The run that parsed flags describe: the flags themselves, then `config`, the path of a file, or a `File`.
 
     `method` and `data` are those of a run for which neither file nor flags name one. Where the flags name another
-    method or plugin than the file, what the file says of its own is left out. Raises `UsageError` for whatever cannot
-    be: an unreadable file, a misspelt key, a value out of range.
+    method or plugin than the file, what the file says of its own is left out; where they name other `epochs`, what the
+    file counts in epochs and steps is scaled. Raises `UsageError` for whatever cannot be: an unreadable file, a
+    misspelt key, a value out of range.
     """
-    given = dict(given)
-    if (path := given.pop("config", None)) is not None:
-        file = _for_plugins(_for_method(_read(path), given), given)
-        if given.get("east"):  # by hand: all three tricks
-            file = {name: value for name, value in file.items() if value is not False or name not in _SWITCHES}
-        given = {**file, **given}
-    given = {"method": method, "data": data, **given}
+    given, origins = dict(given), Origins()
+    if (config := given.pop("config", None)) is not None:
+        file = config if isinstance(config, File) else read(config)
+        values = over(file.values, given)
+        epochs, asked = file.values.get("epochs") or 0, given.get("epochs") or 0
+        if differ := epochs > 0 and asked > 0 and epochs != asked:
+            values = inherit.scaled(values, _COUNTED | _counted({**values, **given}), asked / epochs)
+        keys = {name: words for name, words in file.origins.items() if name not in given}
+        origins = Origins(keys, epochs if differ else None)
+        given = {**values, **given}
+    with origins.told():
+        return _config({"method": method, "data": data, **given}, origins)
+
+
+def _config(given: dict[str, Any], origins: Origins) -> Config:
     given.pop("sparse", None)
     if (times := given.pop("multiplier", 1)) < 1:
         raise UsageError(f"`multiplier` must be at least 1, got {times}")
@@ -100,11 +128,20 @@ def from_flags(given: Mapping[str, Any], method: str = Config.method, data: str 
     plain = {name: given[name] for name in _FIELDS if name in given}
     options = {name: v for name, v in given.items() if name not in _FIELDS | _EAST and plugged.slot_of(name)}
     told = east.told(given)
-    config = Config(**plain, east=EastOptions(**told), plugin_options=options)
+    config = Config(**plain, east=EastOptions(**told), plugin_options=options, origins=origins)
     preset = {name: config.preset.settings.get(f"east_{name}") for name in east.SWITCHES}
     switches = {**preset, **{name: value for name, value in told.items() if name in east.SWITCHES}}
     dataclasses.replace(config.east, **switches).check_used(told)
     return config
+
+
+def over(file: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
+    """What is left of a file's values where `given`, flags or a file that inherits from it, says more: neither what it
+    says itself, nor what belongs to another method, or to another plugin, than it names."""
+    values = _for_plugins(_for_method(dict(file), given), given)
+    if given.get("east"):  # by hand: all three tricks
+        values = {name: value for name, value in values.items() if value is not False or name not in _SWITCHES}
+    return {name: value for name, value in values.items() if name not in given}
 
 
 def _chosen(given: Mapping[str, Any]) -> dict[str, str | None]:
@@ -141,29 +178,44 @@ def _all_of(method: str) -> dict[str, Any]:
     return {**preset.settings, "update_frequency": preset.update}
 
 
-def _names(content: Mapping[str, Any]) -> dict[str, Any]:
-    return {str(key).replace("-", "_"): value for key, value in content.items() if value is not None}
+def _counted(given: Mapping[str, Any]) -> set[str]:
+    """The options of the plugins named that are counted in epochs or steps."""
+    return {name for name, field in plugged.fields(_chosen(given)) if field.metadata.get("counted")}
 
 
-def _read(path: str) -> dict[str, Any]:
-    """What a `--config` file says, as parsed flags."""
-    reader = flags.Parser(add_help=False)
+def _names(files: Sequence[tuple[str, Mapping[str, Any]]]) -> dict[str, Any]:
+    """The keys of files as the names of settings; a key without a value takes back what a file before says."""
+    found = {str(key).replace("-", "_"): value for _, content in files for key, value in content.items()}
+    return {name: value for name, value in found.items() if value is not None}
+
+
+def read(path: str | Path) -> File:
+    """What a `--config` file says, those that it inherits from included: what a file says goes before its base, as
+    flags go before a file. Raises `UsageError` naming the file and the key."""
+    values: dict[str, Any] = {}
+    origins: dict[str, str] = {}
+    files = inherit.chain(path)
+    for i, (name, content) in enumerate(files):
+        said = _parsed(name, content, _names(files[: i + 1]))
+        empty = {str(key).replace("-", "_") for key, value in content.items() if value is None}
+        values = {**over({k: v for k, v in values.items() if k not in empty}, said), **said}
+        keys = {str(key).replace("-", "_"): str(key) for key in content}
+        origins |= {setting: f"{keys.get(setting, setting)} of {name}" for setting in said}
+    return File(str(path), values, {name: origins[name] for name in values})
+
+
+def _parsed(name: str, content: Mapping[str, Any], known: Mapping[str, Any]) -> dict[str, Any]:
+    """One file's keys and values, as parsed flags; `known` names the plugins whose options may be there."""
+    content = {key: value for key, value in content.items() if key != "versions"}
+    reader, source = flags.Parser(add_help=False), f"--config {name}"
     add_flags(reader)
-    content = flags.read_yaml(path, "--config")
-    content.pop("versions", None)
-    if "config" in content:
-        raise UsageError(f"--config {path}: config cannot be a key of the file; allowed are the other flags")
     try:
-        add_plugin_flags(reader, _names(content))
-        arguments = flags.as_arguments(content, reader, f"--config {path}")
+        add_plugin_flags(reader, known)
+        values = vars(reader.parse_args(flags.as_arguments(content, reader, source)))
     except UsageError as error:
-        if str(error).startswith(f"--config {path}"):
+        if str(error).startswith(source):
             raise
-        raise UsageError(f"--config {path}: {error}") from error
-    try:
-        values = vars(reader.parse_args(arguments))
-        values |= {str(key).replace("-", "_"): False for key, value in content.items() if value is False}
-        values.pop("config")
-        return values
-    except UsageError as error:
-        raise UsageError(f"--config {path}: {error}") from error
+        raise UsageError(f"{source}: {error}") from error
+    values |= {str(key).replace("-", "_"): False for key, value in content.items() if value is False}
+    values.pop("config")
+    return values

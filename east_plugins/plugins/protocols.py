@@ -36,7 +36,8 @@ NEEDS: tuple[str, ...] = get_args(Need)
 
 def option(default: Any, help: str, **flag: Any) -> Any:
     """A dataclass field with what `argparse` needs to make a flag of it (`type`, `choices`, `metavar`, `aliases`); one
-    with a default of True or False becomes a switch."""
+    with a default of True or False becomes a switch. `counted=True`: it is counted in epochs or steps, so that a
+    configuration file's value is scaled with `--epochs`."""
     return dataclasses.field(default=default, metadata={"help": help, **flag})
 
 

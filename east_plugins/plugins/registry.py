@@ -47,6 +47,11 @@ def names_of_a_file() -> Iterator[None]:
         _of_a_file.reset(token)
 
 
+def of_a_file() -> bool:
+    """Whether names come from a file that anybody may have written."""
+    return _of_a_file.get()
+
+
 @dataclass(frozen=True)
 class Entry:
     """One registered plugin. `meta` holds what its registration declared, e.g. `needs=("grad",)`."""

@@ -241,7 +241,8 @@ def check(todo: Sequence[Job]) -> list[str]:
             runs.check_same(job.out, job.options.resolve(data.train.steps(job.options.batch_size)))
     lines: list[str] = []
     for job in {(job.method, job.sparsity): job for job in reversed(unfinished)}.values():
-        lines = plan(Trainer(job.options, job.out, data))
+        with job.options.origins.told():
+            lines = plan(Trainer(job.options, job.out, data))
     return [f"first     {unfinished[0].out.name}", *lines]
 
 

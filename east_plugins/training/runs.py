@@ -196,7 +196,7 @@ def load_run(folder: str | Path) -> Run:
 
 
 #: Settings that say where and how a run is computed, not what it is.
-_ELSEWHERE = {"device", "threads", "download", "save_every", "on_nonfinite"}
+_ELSEWHERE = {"device", "threads", "download", "save_every", "on_nonfinite", "origins"}
 
 
 def difference(a: Resolved, b: Resolved) -> tuple[str, Any, Any] | None:

@@ -65,7 +65,8 @@ def train(options: Config, out: str | Path, resume: bool = False, quiet: bool = 
         torch.set_num_threads(options.threads)
     if runs.device(options.device).type == "cpu":
         memory.keep_freed()
-    trainer = Trainer(options, out)
+    with options.origins.told():
+        trainer = Trainer(options, out)
     runs.make_folder(out)
     with files.locked(out):
         if (out / runs.CONFIG).exists() and not resume:  # made meanwhile
