@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from east_plugins.training.models import build
+
 EXAMPLES = Path(__file__).parent / "examples"
 
 
@@ -55,6 +57,18 @@ def test_a_network_becomes_a_c_file_and_a_program_where_there_is_a_compiler(tmp_
     assert "void digits_run" in (tmp_path / "digits.c").read_text()
     classified = re.search(r"^class \d of 10, score \S+, label \d$", found, re.MULTILINE)
     assert bool(classified) == bool(shutil.which("cc")), found
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "script, package",
+    [("in_lightning.py", "lightning"), ("in_huggingface.py", "transformers"), ("in_accelerate.py", "accelerate")],
+)
+def test_other_peoples_trainers_train_sparsely(script, package, tmp_path):
+    pytest.importorskip(package)
+    weights = sum(parameter.numel() for parameter in build("resnet20", 10).parameters() if parameter.dim() > 1)
+    found = python(EXAMPLES / script, cwd=tmp_path)
+    assert f"8 steps, {round(0.01 * weights)} active weights\n" in found
 
 
 @pytest.mark.parametrize("path", sorted(EXAMPLES.glob("*.py")), ids=lambda path: path.name)

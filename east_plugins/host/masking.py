@@ -27,7 +27,7 @@ from .norms import gradient_norm
 from .optimizer_state import holds, momentum_factor, state_names
 from .pace import Pace
 from .packed import PackedState
-from .scaling import unscale
+from .scaling import skipped, unscale
 from .start import Start
 from .stepping import Stepping
 from .updating import RuleSet, Updates
@@ -283,11 +283,13 @@ class Masking(Books, Pace):
     def after_step_of(self, optimizer: torch.optim.Optimizer) -> None:
         """Called after it. A step of the host's own optimizer is taken as one of the host's, the update included;
         after one of another optimizer the weights that it holds are masked."""
-        if self._in_step:
+        if self._in_step or skipped(optimizer):
             return
         if optimizer is not self.optimizer:
             return self._stepping.mask_after(optimizer)
         due = self._due_next
+        if due and "grad" in self.needs:
+            self._stepping.keep_dense([], self.engine)
         self._track_momentum(skip_infinite=False)
         self.apply_mask()
         self._finish(due, "optimizer")

@@ -18,6 +18,13 @@ def unscale(scaler: Any, optimizer: torch.optim.Optimizer) -> None:
             raise
 
 
+def skipped(optimizer: torch.optim.Optimizer) -> bool:
+    """Whether an optimizer that is just stepped by a scaler was told to change nothing: fused ones are called also
+    where gradients overflowed. Waits for the device where such a scaler is there."""
+    overflowed = getattr(optimizer, "found_inf", None)
+    return overflowed is not None and bool(overflowed)
+
+
 def number(name: str, value: Any) -> float:
     """A number, also as the text that YAML makes of `1e-3`; raises `UsageError` for what is none."""
     try:

@@ -56,9 +56,9 @@ class Stepping:
         if seen != self._seen:
             self._sets, self._probed, self._seen = *self._split(), seen
         sets, dense = self._sets, [name for name in self._probed if not (engine and engine.masks_gradient(name))]
-        self._dense = {name: grad.clone() for name, grad in self.gradients(dense).items()} if keep_dense else {}
-        if keep_dense and engine is not None:
-            self._dense |= engine.dense_gradients()
+        self._dense = {}
+        if keep_dense:
+            self.keep_dense(dense, engine)
         self._mask_gradients(dense)
         with self.packed.stepping(sets):
             if self.packed.written:  # in ways that leave no trace but the values
@@ -67,6 +67,12 @@ class Stepping:
             yield
         if not is_elementwise(self.optimizer):
             self.mask(self.records.values())
+
+    def keep_dense(self, names: Iterable[str], engine: Any) -> None:
+        """Keep gradients for `dense_gradients`: those of these names as they are now, and what the engine has."""
+        self._dense = {name: grad.clone() for name, grad in self.gradients(names).items()}
+        if engine is not None:
+            self._dense |= engine.dense_gradients()
 
     @contextlib.contextmanager
     def dense_gradients(self) -> Iterator[None]:
