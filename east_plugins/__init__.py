@@ -20,7 +20,17 @@ if TYPE_CHECKING:
     from .plugins.activation.phased import PhaseOut, attach
     from .plugins.density import Cyclic
     from .plugins.protocols import Layer, option
-    from .plugins.registry import activation, allocation, density, growth, pruning, rate, redistribution, transform
+    from .plugins.registry import (
+        activation,
+        allocation,
+        density,
+        growth,
+        pruning,
+        rate,
+        redistribution,
+        structure,
+        transform,
+    )
     from .plugins.transform.dct.convert import convert, materialize
     from .plugins.transform.sharing import share
     from .sparse.engine import Engine
@@ -56,6 +66,7 @@ _PUBLIC = {
     "rate": "plugins.registry",
     "redistribution": "plugins.registry",
     "share": "plugins.transform.sharing",
+    "structure": "plugins.registry",
     "train": "training.trainer",
     "transform": "plugins.registry",
 }
@@ -88,6 +99,7 @@ __all__ = [
     "rate",
     "redistribution",
     "share",
+    "structure",
     "train",
     "transform",
 ]

@@ -15,6 +15,7 @@ from ..plugins import registry
 from ..plugins.allocation.layerwise import budgets, random_mask
 from ..plugins.allocation.position import places
 from ..plugins.allocation.sample import Sample
+from ..plugins.protocols import Structure
 from .layers import block_names
 
 
@@ -50,10 +51,16 @@ def draw(
 
 class Allocation:
     """A registered allocation, for one model. `share` is what gives every layer its number; for an allocation that
-    draws masks that is another one."""
+    draws masks that is another one. A `structure` draws the masks where it is given."""
 
-    def __init__(self, name: str, options: Mapping[str, Any] | None = None):
+    def __init__(self, name: str, options: Mapping[str, Any] | None = None, structure: Structure | None = None):
         entry = registry.allocation.entry(name)
+        if structure is not None and entry.meta.get("draws"):
+            raise UsageError(
+                f"`sparse_init` {name} draws masks, and so does `structure`: allowed are ERK, ER, uniform and others "
+                "that say how many weights a layer has"
+            )
+        self.structure = structure
         self.name, self.meta, self.rule = name, entry.meta, entry.bound(options)
         share = registry.allocation.entry(getattr(self.rule, "budgets", "ERK")) if self.meta.get("draws") else entry
         self._share = share.bound() if share is not entry else self.rule
@@ -81,7 +88,8 @@ class Allocation:
             self.take(budgets(self._share, shapes, total, places(model, shapes, input_shape)))
         counts = self.budgets(weights, wanted, total, start=True)
         if not self.meta.get("draws"):
-            return {name: random_mask(weight.shape, counts[name], generator) for name, weight in weights.items()}
+            masks = random_mask if self.structure is None else self.structure.start
+            return {name: masks(weight.shape, counts[name], generator) for name, weight in weights.items()}
         data = []
         if self.meta.get("needs_data"):
             if sample is None:
@@ -90,10 +98,10 @@ class Allocation:
                     "`batches`, such as a DataLoader, to add_module or Masking.of"
                 )
             data = [sample]
-        masks = distributed.from_rank_0(self.rule(model, counts, input_shape, generator, *data))
+        drawn = distributed.from_rank_0(self.rule(model, counts, input_shape, generator, *data))
         if self.meta.get("keeps_counts"):  # the scores, not the allocation, gave the layers their shares
-            self.take({name: int(mask.sum()) for name, mask in masks.items()})
-        return masks
+            self.take({name: int(mask.sum()) for name, mask in drawn.items()})
+        return drawn
 
     @property
     def follows(self) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import logging
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -16,8 +17,8 @@ from ..errors import UsageError
 from ..ops import distributed
 from ..ops.maskable import modules_of, unwrap
 from ..plugins.allocation.sample import Loss, Sample
-from ..plugins.protocols import HostPlugin
-from . import presets
+from ..plugins.protocols import HostPlugin, Moment, Structure
+from . import presets, structured
 from .books import Books
 from .budgets import Allocation
 from .choice import Exclude
@@ -61,6 +62,7 @@ class Masking(Books, Pace):
         args: namespace with ITOP's `fix` and `update_frequency`, where a script passes one.
         update_frequency: steps between updates where neither `args` nor `schedule` says so; None is static.
         schedule: density schedule; by default the density given to `add_module`, constant.
+        structure: how active weights lie in a layer: "none", a name in the registry, or an object as `Structure`.
         prune_scope: "local" (every layer drops its own share), "global" (a falling density drops the least important
             weights over all layers), or "all" (what is replaced is found over all layers, too).
         prune_rounding: "floor" or, as in ITOP, "ceil": the share of a layer that is replaced as a whole number.
@@ -84,6 +86,7 @@ class Masking(Books, Pace):
         *,
         update_frequency: int | None = 100,
         schedule: Any = None,
+        structure: str | Structure = "none",
         prune_scope: str = "local",
         prune_rounding: str = "floor",
         keep_connected: bool = False,
@@ -106,6 +109,8 @@ class Masking(Books, Pace):
         if death_mode == "threshold":
             self._options.setdefault("pruning", {}).setdefault("threshold", threshold)
         self._asked = growth_mode, death_mode, redistribution_mode, prune_scope, prune_rounding
+        self.structure = structured.found(structure, self._options.get("structure"))
+        structured.check(self.structure, redistribution_mode, prune_scope, keep_connected)
         self._bind_rules()
 
         seed = torch.initial_seed() if seed is None else seed
@@ -174,7 +179,7 @@ class Masking(Books, Pace):
         if weight_init not in ("default", "sparse-fan-in"):
             raise UsageError(f"`weight_init` must be default or sparse-fan-in, got {weight_init!r}")
         schedule = self._frequency if self.schedule is None else self.schedule
-        asked = sparse_init, self._options.get("allocation")
+        asked = sparse_init, self._options.get("allocation"), self.structure
         start = Start.of(module, density, asked, exclude, input_shape, schedule, self.keep_connected, self.optimizer)
         sample = None if batches is None else Sample(batches, loss)
         masks = start.masks(self.generator, sample)
@@ -210,6 +215,12 @@ class Masking(Books, Pace):
         """Active weights that the schedule asks for at `step`: exactly `density(step) / target` times the count
         at the target, within what the (possibly shared) tensors can hold and one weight a layer."""
         return sum(self._updates.budgets_at(self.schedule, step).values())
+
+    def is_at(self, step: int) -> bool:
+        """Whether the active weights are those that the schedule asks for at `step`, or as many of them as a structure
+        holds."""
+        asked = self.target_nonzeros(step)
+        return self.nonzeros == asked or (self.structure is not None and self.nonzeros < asked)
 
     # ------------------------------------------------------------------ stepping
 
@@ -324,7 +335,10 @@ class Masking(Books, Pace):
         budgets = self._updates.budgets_at(self.schedule, self.steps)
         if "grad" in self.needs:
             self._stepping.check_dense(self.engine)
-        self._updates.update(self._rules, budgets, self._rate_now, self._stepping)
+        end, done = getattr(self.schedule, "end", math.inf), self.steps
+        progress = min(done / end, 1.0) if 0 < end < math.inf else None
+        moment = Moment(self.generator, progress, unwrap(self.modules[0]), self.input_shape)
+        self._updates.update(self._rules, budgets, self._rate_now, self._stepping, self.structure, moment)
 
     def removed_by(
         self, death_mode: str | Callable, death_rate: float, prune_scope: str = "local", **options: Any

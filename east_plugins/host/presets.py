@@ -106,6 +106,7 @@ def hosted(
         death_mode=resolved.death,
         growth_mode=resolved.growth,
         redistribution_mode=resolved.redistribution,
+        structure=resolved.structure,
         schedule=resolved.schedule(),
         prune_scope=resolved.prune_scope,
         prune_rounding=resolved.prune_rounding,

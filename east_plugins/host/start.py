@@ -15,6 +15,8 @@ from ..ops import distributed
 from ..ops.maskable import unwrap
 from ..plugins.allocation.sample import Sample
 from ..plugins.density import Constant, check_density
+from ..plugins.protocols import Structure
+from . import structured
 from .budgets import Allocation, draw
 from .choice import Chosen, Exclude, check_followed, choose
 from .optimizer_state import holds
@@ -53,15 +55,16 @@ class Start:
         cls,
         module: nn.Module,
         density: Any,
-        sparse_init: tuple[str, Mapping[str, Any] | None],
+        sparse_init: tuple[str, Mapping[str, Any] | None, Structure | None],
         exclude: Exclude | Iterable[Exclude],
         input_shape: Sequence[int] | None,
         schedule: Any,
         keep_connected: bool,
         optimizer: torch.optim.Optimizer,
     ) -> Start:
-        """Check what was given; `sparse_init` is the allocation's name and its options, `schedule` is one of densities,
-        or the number of steps between updates at a constant one, or None. Raises `UsageError`, with nothing changed."""
+        """Check what was given; `sparse_init` is the allocation's name, its options and the structure, `schedule` is
+        one of densities, or the number of steps between updates at a constant one, or None. Raises `UsageError`, with
+        nothing changed."""
         density = number("density", density)
         check_density(density)
         if keep_connected and input_shape is None:
@@ -81,8 +84,11 @@ class Start:
             raise UsageError(f"`density` {density:g} differs from the schedule's target {schedule.target:g}")
         if not holds(optimizer, (each.weight for each in chosen.values())):
             raise UsageError("the optimizer has none of the model's conv and linear weights: is it another model's?")
+        structured.check_start(sparse_init[2], input_shape, schedule)
         if keep_connected or allocation.follows:
             check_followed("keep_connected" if keep_connected else f"`sparse_init` {allocation.name}", chosen)
+        elif structured.follows(sparse_init[2]):
+            check_followed("`structure`", chosen)
         size = sum(each.uses * each.weight.numel() for each in chosen.values())
         shape = None if input_shape is None else tuple(input_shape)
         final = round(density * size)

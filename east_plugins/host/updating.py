@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from ..errors import UsageError
 from ..ops.select import fetch
 from ..plugins.allocation.connected import reconnect
-from ..plugins.protocols import Layer
-from . import topology
+from ..plugins.protocols import Layer, Moment, Structure
+from . import structured, topology
 from .binding import bound
 from .budgets import Allocation, blocks
 from .layers import MaskedWeight
@@ -101,16 +101,29 @@ class Updates:
         self.final -= sum(budgets[key] for key in record.keys)
 
     @torch.no_grad()
-    def update(self, rules: RuleSet, budgets: Mapping[str, int], rate: float, stepping: Stepping) -> None:
-        """One update to `budgets` active weights of each block; a share `rate` of those that remain is replaced."""
+    def update(
+        self,
+        rules: RuleSet,
+        budgets: Mapping[str, int],
+        rate: float,
+        stepping: Stepping,
+        structure: Structure | None,
+        moment: Moment,
+    ) -> None:
+        """One update to `budgets` active weights of each block, at most where a `structure` chooses them; a share
+        `rate` of those that remain is replaced."""
         stepping.mask_what_others_wrote()
         records = list(self.records.values())
         before = [record.active for record in records]
         masks = {record.name: record.mask.clone() for record in records} if self.connected else {}
         changes = self._changes(rules.needs, budgets, rate)
-        topology.update([change for parts in changes for change in parts], rules.rules, self.generator)
+        every = [change for parts in changes for change in parts]
+        if structure is None:
+            topology.update(every, rules.rules, self.generator)
+        else:
+            structured.update(every, rules.rules, structure, moment)
         if self.connected:
-            self._reconnect(rules.rules, [change.layer for parts in changes for change in parts], masks)
+            self._reconnect(rules.rules, [change.layer for change in every], masks)
         gone = [~record.mask.view(-1)[active.flat] for record, active in zip(records, before, strict=True)]
         numbers = fetch([each.sum().view(1) for each in gone])
         for record, parts, active, dropped, n in zip(records, changes, before, gone, numbers, strict=True):

@@ -31,6 +31,31 @@ def lowest_k(scores: Tensor, k: int, eligible: Tensor, generator: torch.Generato
     return positions[together([lowest(scores.reshape(-1)[positions], k, generator)])[0]]
 
 
+def top_k_of_rows(scores: Tensor, k: Tensor, eligible: Tensor, generator: torch.Generator) -> Tensor:
+    """Boolean mask of the `k[i]` highest scores among the eligible places of every row i; as `top_k` otherwise.
+
+    `scores` and `eligible` are [rows, columns], `k` is [rows]. A row with fewer eligible places gives all of them.
+    """
+    k = torch.minimum(k.to(scores.device), eligible.sum(1))
+    most = int(k.max()) if len(k) else 0
+    if most == 0:
+        return torch.zeros_like(eligible)
+    values = torch.where(eligible, scores, -torch.inf).nan_to_num(-torch.inf, torch.inf, -torch.inf)
+    cut = values.topk(most, dim=1).values.gather(1, (k - 1).clamp(min=0)[:, None])
+    above, tied = values > cut, (values == cut) & eligible & (k > 0)[:, None]
+    short = k - above.sum(1)
+    if torch.equal(tied.sum(1), short):  # nothing is left to choose
+        return above | tied
+    row, column = tied.nonzero(as_tuple=True)
+    order = torch.randperm(len(row), generator=generator).to(row.device)
+    order = order[row[order].argsort(stable=True)]  # by rows, in random order inside them
+    row, column = row[order], column[order]
+    first = torch.searchsorted(row, row)
+    chosen = torch.arange(len(row), device=row.device) - first < short[row]
+    above[row[chosen], column[chosen]] = True
+    return above
+
+
 def random_k(k: int, eligible: Tensor, generator: torch.Generator) -> Tensor:
     """Flat indices of `k` eligible positions, every subset equally likely."""
     return together([_random(k, eligible, generator)])[0]

@@ -29,8 +29,9 @@ def _epochs(text: str) -> list[float]:
 
 #: Settings that neither method nor recipe nor the run's length decides.
 _DEFAULTS: dict[str, Any] = dict(
-    density=0.001, growth="random", death="magnitude", redistribution="none", death_rate=0.5, sparse_init="ERK",
-    weight_init="default", prune_scope="local", prune_rounding="floor", last_update=False, density_schedule="constant",
+    density=0.001, growth="random", death="magnitude", redistribution="none", structure="none", death_rate=0.5,
+    sparse_init="ERK", weight_init="default", prune_scope="local", prune_rounding="floor", last_update=False,
+    density_schedule="constant",
     dctps=False, validation_split="stratified", crop_padding="zero", bias_free_head=False, tested="best",
     nesterov=False,
 )  # fmt: skip
@@ -78,6 +79,9 @@ class Config:
     growth: str | None = option(None, "growth rule, see `plugins` (default: of the method)")
     death: str | None = option(None, "prune rule, see `plugins` (default: of the method)")
     redistribution: str | None = option(None, "redistribution rule, see `plugins` (default: none)")
+    structure: str | None = option(
+        None, "how active weights lie in a layer: none, or a name of `plugins` (default: of the method)"
+    )
     death_rate: float | None = option(
         None, "share of the active weights replaced in an update (default: 0.5)", type=float
     )
@@ -221,7 +225,8 @@ class Config:
                 raise UsageError(f"`lr_drops` must be epochs from 0 on, got {epoch}")
 
     def _check_names(self) -> None:
-        for name in ("growth", "death", "redistribution", "sparse_init", "density_schedule", "decay_schedule"):
+        named = ("growth", "death", "redistribution", "structure", "sparse_init", "density_schedule", "decay_schedule")
+        for name in named:
             plugged.BY_SETTING[name].entry(getattr(self, name))
         if self.density_schedule == "cyclic":
             raise UsageError("`density_schedule` cyclic is `east_cyclic`, which has its numbers")
@@ -336,6 +341,7 @@ class Resolved(Config):
     growth: str
     death: str
     redistribution: str
+    structure: str
     death_rate: float
     sparse_init: str
     weight_init: str

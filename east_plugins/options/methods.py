@@ -64,6 +64,21 @@ METHODS: dict[str, Preset] = {
         dict(_RIGL, prune_scope="global", density_schedule="gradual"),
         update=1000,
     ),
+    "srigl": Preset(
+        "Lasby et al. 2024: constant fan-in, neurons ablated below gamma_sal 0.3",
+        dict(_RIGL, structure="fan-in", structure_gamma_sal=0.3, death_rate=0.3),
+        update=100,
+    ),
+    "cht": Preset(
+        "Zhang et al. 2024: grown where paths of length 3 say, without gradients, after every epoch",
+        dict(growth="ch3-l3", death="magnitude", death_rate=0.3, weight_init="sparse-fan-in"),
+        update=352,
+    ),
+    "neurrev": Preset(
+        "after Li et al. 2024, NeurRev: negative weights of dormant neurons pruned first",
+        dict(growth="random", death="dormant", death_tau=0.01),
+        update=1500,
+    ),
     "open": Preset(
         "whole kernels and pairs of channels in turn on the shortest path, blocks that start silent (RESULTS.md)",
         dict(sparse_init="separable", weight_init="sparse-fan-in", quiet_branches="loops"),

@@ -24,7 +24,7 @@ class Slot:
 
     def entry(self, name: str | None) -> registry.Entry | None:
         """The plugin, None for none; raises `UsageError` naming the setting where there is no such plugin."""
-        if name is None or (self.setting == "redistribution" and name == "none"):
+        if name is None or (self.setting in ("redistribution", "structure") and name == "none"):
             return None
         if self.kind == "activation":
             name = {kind: f"dyrelu-{kind}" for kind in "abc"}.get(name.lower(), name)
@@ -42,6 +42,7 @@ SLOTS = (
     Slot("growth", "growth"),
     Slot("death", "pruning"),
     Slot("redistribution", "redistribution"),
+    Slot("structure", "structure"),
     Slot("sparse_init", "allocation"),
     Slot("density_schedule", "density"),
     Slot("decay_schedule", "rate"),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..ops.communities import ch3_l3
 from .protocols import Layer
 from .registry import growth
 
@@ -44,3 +45,13 @@ def momentum_neuron(layer: Layer) -> Tensor:
     share = size.mean(1, keepdim=True)
     rank = size.masked_fill(layer.mask.flatten(1), -1).argsort(dim=1, descending=True, stable=True).argsort(1)
     return (share / (2 * rank + 1)).view_as(layer.weight).to(torch.float32)
+
+
+@growth.register("ch3-l3")
+def cannistraci_hebb(layer: Layer) -> Tensor:
+    """Links that most and most closed paths of length 3 predict, without gradients (CHT, Zhang et al. 2024).
+
+    Neurons are the rows and inputs the columns of the weight as a matrix, [out, everything else]. Scores are of the
+    topology after pruning; pairs on no path tie at zero, of which the host draws.
+    """
+    return ch3_l3(layer.mask.flatten(1)).view_as(layer.weight)

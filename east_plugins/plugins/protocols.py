@@ -18,7 +18,7 @@ files, and lines of help, for built-in plugins, `module:name` and entry points a
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, Protocol, get_args
 
@@ -109,6 +109,69 @@ class RedistributionRule(Protocol):
     """A layer's share of the weights grown in one update, a number >= 0."""
 
     def __call__(self, layer: Layer, /) -> Tensor | float: ...
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """One layer of which a structure chooses the mask.
+
+    Attributes:
+        layer: as rules see it, before the update.
+        budget: active weights that it may have.
+        rate: share of its weights that is replaced, in [0, 1].
+    """
+
+    layer: Layer
+    budget: int
+    rate: float
+    prune: Callable[[Layer], Tensor]
+    grow: Callable[[Layer], Tensor]
+    whole: Callable[[float], int] = int
+
+    @property
+    def importance(self) -> Tensor:
+        """What the prune rule says of every weight; made anew at every look."""
+        return self.prune(self.layer)
+
+    @property
+    def growth(self) -> Tensor:
+        """What the growth rule says of every weight; made anew at every look."""
+        return self.grow(self.layer)
+
+    def kept(self, count: int) -> int:
+        """How many of `count` weights are not replaced."""
+        return count - self.whole(self.rate * count)
+
+
+@dataclass(frozen=True)
+class Moment:
+    """When and where a structure is updated.
+
+    Attributes:
+        generator: CPU generator, the same on every rank.
+        progress: share of the run that is over, in [0, 1]; None where the density schedule has no end.
+        model: whose layers these are, without wrappers.
+        input_shape: of one input without the batch, where the host was told.
+    """
+
+    generator: torch.Generator
+    progress: float | None
+    model: nn.Module
+    input_shape: tuple[int, ...] | None
+
+
+class Structure(Protocol):
+    """How active weights lie in a layer, which prune and growth rule alone cannot say: it chooses the masks.
+
+    `start` draws a mask to begin with, a boolean CPU tensor of at most `budget` active weights; raises `UsageError`
+    where no mask of the structure is so small. `update` returns the new masks of all layers, which have at most the
+    budgets' sum of active weights, none of them nothing. A structure whose attribute `follows` is true needs the
+    shape of an input and a schedule with an end.
+    """
+
+    def start(self, shape: Sequence[int], budget: int, generator: torch.Generator, /) -> Tensor: ...
+
+    def update(self, layers: Sequence[Candidate], moment: Moment, /) -> Sequence[Tensor]: ...
 
 
 class LayerShare(Protocol):

@@ -150,3 +150,25 @@ class RunningSNIP(Running):
 
     def score(self, layer: Layer) -> Tensor:
         return snip(layer)
+
+
+@pruning.register("dormant", needs=("grad",))
+@dataclass(frozen=True)
+class Dormant:
+    """Negative weights that hold dormant neurons down, largest first; then the smallest magnitudes (after NeurRev, Li
+    et al. 2024).
+
+    A neuron is a row of the weight, [out, everything else]. A ReLU that passes nothing gives its neuron no gradient:
+    dormant is whose mean |gradient| is at most `tau` times the layer's.
+    """
+
+    tau: float = option(0.01, "share of the layer's mean |gradient| up to which a neuron is dormant", type=float)
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.tau < torch.inf:
+            raise UsageError(f"`tau` must be at least 0, got {self.tau}")
+
+    def __call__(self, layer: Layer) -> Tensor:
+        size = layer.grad.abs().flatten(1).mean(1)
+        dormant = (size <= self.tau * size.mean()).view(-1, *[1] * (layer.weight.dim() - 1))
+        return torch.where(dormant & (layer.weight < 0), layer.weight, layer.weight.abs())

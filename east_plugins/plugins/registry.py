@@ -255,8 +255,9 @@ density: Registry[protocols.DensitySchedule] = _builtins("density")
 rate: Registry[protocols.RateDecay] = _builtins("rate")
 activation: Registry[protocols.ActivationFactory] = _builtins("activation")
 transform: Registry[protocols.Transform] = _builtins("transform")
+structure: Registry[protocols.Structure] = _builtins("structure")
 
 ALL: tuple[Registry[Any], ...] = (
-    growth, pruning, redistribution, allocation, density, rate, activation, transform,
+    growth, pruning, redistribution, structure, allocation, density, rate, activation, transform,
 )  # fmt: skip
 BY_KIND = {registry.kind: registry for registry in ALL}

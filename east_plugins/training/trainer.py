@@ -209,7 +209,7 @@ class Trainer:
             "itop_rate": self.host.fired_masks_update()[1],
             "layers": layers,  # active weights, and those of them on a path
         }
-        at_target = self.host.nonzeros == self.host.target_nonzeros(self.options.steps) and self.beta == 0
+        at_target = self.host.is_at(self.options.steps) and self.beta == 0
         last = self.options.tested == "last"
         if at_target and (self.best is None or last or line["validation_accuracy"] >= self.best["validation_accuracy"]):
             self.best = {

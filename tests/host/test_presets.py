@@ -36,7 +36,8 @@ def test_every_method_trains_at_its_density(method):
     mask = Masking.of(method, model, optimizer, density=density, steps=40, input_shape=SHAPE, batches=data)
     steps(model, optimizer, mask, 40)
     expected = round((density or 1) * mask.theoretical_size)
-    assert mask.nonzeros == expected == mask.target_nonzeros(40)
+    assert mask.target_nonzeros(40) == expected and mask.is_at(40)
+    assert mask.nonzeros == expected or mask.structure and 0.95 * expected < mask.nonzeros < expected
     held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
     assert held == {id(parameter) for parameter in model.parameters()}
 
