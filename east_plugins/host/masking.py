@@ -118,6 +118,7 @@ class Masking(Books, Pace):
         self._stepping = Stepping(optimizer, self._records)
         self._stepped = Stepped()
         self._in_step = self._compared = False
+        self._offered: dict[str, Tensor] | None = None
 
         # what add_module finds
         self.density, self.sparse_init = 0.0, ""
@@ -209,7 +210,24 @@ class Masking(Books, Pace):
     def dense_gradient_next(self) -> bool:
         """Whether the next step has a topology update by a rule that scores with the dense gradient, or the script
         reads it."""
-        return self.reads_dense_gradients or ("grad" in self.needs and self._due_next)
+        return self.reads_dense_gradients or (self.dense_gradient_due and self._offered is None)
+
+    @property
+    def dense_gradient_due(self) -> bool:
+        """Whether the next step has a topology update by a rule that scores with the dense gradient."""
+        return "grad" in self.needs and self._due_next
+
+    def take_gradients(self) -> dict[str, Tensor]:
+        """The weights' gradients since the last step, by name, dense where `dense_gradient_next`; none are left."""
+        found = self._stepping.gradients()
+        for record in self._records.values():
+            record.weight.grad = None
+        return found | ({} if self.engine is None else self.engine.take_gradients())
+
+    def offer_gradients(self, gradients: Mapping[str, Tensor]) -> None:
+        """Give the rules of the topology update at the next step these gradients in place of the step's own: of a
+        larger batch, or averaged over several."""
+        self._offered = dict(gradients)
 
     def target_nonzeros(self, step: int) -> int:
         """Active weights that the schedule asks for at `step`: exactly `density(step) / target` times the count
@@ -253,7 +271,8 @@ class Masking(Books, Pace):
     def _prepared(self, due: bool, skip_infinite: bool) -> contextlib.AbstractContextManager:
         """Around the optimizer's step. `skip_infinite`: a scaler may skip it because of gradients that overflowed."""
         self._track_momentum(skip_infinite)
-        return self._stepping.prepared(due and "grad" in self.needs, self.engine)
+        keep = due and "grad" in self.needs and self._offered is None
+        return self._stepping.prepared(keep, self.engine)
 
     def _track_momentum(self, skip_infinite: bool) -> None:
         if "momentum" in self.needs:
@@ -271,7 +290,8 @@ class Masking(Books, Pace):
         if due:
             self._put_off = False
             self._stepping.left()  # what the step wrote is masked: the update need not do it again
-            with self._stepping.dense_gradients():
+            offered, self._offered = self._offered, None
+            with self._stepping.dense_gradients(offered):
                 self.truncate_weights()
                 self.print_nonzero_counts()
         if due or not self._compared:
@@ -434,13 +454,13 @@ class Masking(Books, Pace):
 
     def __getstate__(self) -> dict[str, Any]:
         self.packed.unpack()
-        left_out = ("_rules", "_stepping", "_stepped", "engine")
+        left_out = ("_rules", "_stepping", "_stepped", "engine", "_offered")
         return {name: value for name, value in vars(self).items() if name not in left_out} | {"_by": self.optimizer}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         optimizer = state.pop("_by")
         vars(self).update(state)
-        self.engine, self._stepped = None, Stepped()
+        self.engine, self._stepped, self._offered = None, Stepped(), None
         self._bind_rules()
         self._stepping = Stepping(optimizer, self._records)
         self._stepping.left()

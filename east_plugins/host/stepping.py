@@ -75,8 +75,9 @@ class Stepping:
             self._dense |= engine.dense_gradients()
 
     @contextlib.contextmanager
-    def dense_gradients(self) -> Iterator[None]:
-        """Inside, gradients are dense again that the last step masked."""
+    def dense_gradients(self, others: Mapping[str, Tensor] | None = None) -> Iterator[None]:
+        """Inside, gradients are dense again that the last step masked, or are `others`."""
+        self._dense |= others or {}
         for name, grad in self._dense.items():
             self.records[name].weight.grad = grad
         yield

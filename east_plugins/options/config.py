@@ -27,6 +27,14 @@ def _epochs(text: str) -> list[float]:
         raise argparse.ArgumentTypeError(f"must be epochs joined by commas, or none, got {text!r}") from None
 
 
+def _whole_epochs(text: str) -> list[int]:
+    """`1,10` as whole numbers."""
+    try:
+        return [int(part) for part in text.split(",") if part]
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"must be whole numbers joined by commas, got {text!r}") from None
+
+
 #: Settings that neither method nor recipe nor the run's length decides.
 _DEFAULTS: dict[str, Any] = dict(
     density=0.001, growth="random", death="magnitude", redistribution="none", structure="none", death_rate=0.5,
@@ -75,6 +83,11 @@ class Config:
         choices=["best", "last"],
     )  # fmt: skip
 
+    start: str | None = option(
+        None, "weights to begin with: a run's folder, or a file of a state dict; a head of other classes begins anew",
+        metavar="PATH",
+    )  # fmt: skip
+
     density: float | None = option(None, "active share of the maskable weights (default: 0.001)", type=float)
     growth: str | None = option(None, "growth rule, see `plugins` (default: of the method)")
     death: str | None = option(None, "prune rule, see `plugins` (default: of the method)")
@@ -121,6 +134,11 @@ class Config:
 
     epochs: int = option(250, "passes over the training images", type=int)
     batch_size: int = option(128, "images a step", type=int)
+    update_batch: int | None = option(
+        None,
+        "images of a batch of its own whose gradient a topology update's rules see (default: the step's)",
+        type=int,
+    )
     optimizer: str = option("sgd", "optimizer", choices=["sgd", "adam", "adamw"])
     lr: float | None = option(None, "learning rate (default: 0.1 for sgd, 0.001 for adam and adamw)", type=float)
     lr_drops: list[float] | None = option(
@@ -131,6 +149,7 @@ class Config:
         metavar="E,E",
     )
     momentum: float = option(0.9, "momentum of sgd", type=float)
+    warmup: float = option(0.0, "epochs in which the rate rises from a tenth to itself", type=float)
     nesterov: bool | None = option(None, "Nesterov momentum", switch=True)
     clip_norm: float | None = option(
         None, "largest norm of the gradient; longer ones are cut (default: none)", type=float
@@ -141,6 +160,7 @@ class Config:
     )  # fmt: skip
     weight_decay: float = option(1e-4, "L2 regularisation", type=float, aliases=["--l2"])
     seed: int = option(0, "seed of everything random", type=int)
+    order_seed: int | None = option(None, "seed of the images' order and crops (default: `seed`)", type=int)
     on_nonfinite: str = option(
         "warn", "a loss that is NaN or infinite: stop, where no such network is saved, or warn at the epoch's end",
         choices=["warn", "stop"],
@@ -149,6 +169,9 @@ class Config:
         None, "minutes between checkpoints, inside epochs too (default: at ends of epochs, 30 seconds or more apart)",
         type=float, metavar="MIN",
     )  # fmt: skip
+    keep_weights: list[int] | None = option(
+        None, "epochs whose weights at their end are kept, in weights-E.pt", type=_whole_epochs, metavar="E,E"
+    )
     device: str | None = option(None, "cpu, cuda, cuda:1, ... (default: cuda where there is one)")
     threads: int | None = option(None, "CPU threads (default: PyTorch's choice)", type=int)
     engine: str = option(
@@ -186,6 +209,8 @@ class Config:
             raise UsageError("`compile` goes with `engine` dense: the sparse engine has compiled kernels of its own")
         if self.cuda_graph and self.engine == "sparse":
             raise UsageError("`cuda_graph` goes with `engine` dense: a graph holds the operations of one topology else")
+        if self.cuda_graph and self.update_batch is not None:
+            raise UsageError("`cuda_graph` holds one batch's passes: `update_batch` needs others")
         self._check_method()
 
     def _check_method(self) -> None:
@@ -205,13 +230,14 @@ class Config:
     def _check_numbers(self) -> None:
         if self.density is not None:
             check_density(self.density)
-        for name in ("epochs", "update_frequency", "limit"):
+        for name in ("epochs", "update_frequency", "limit", "update_batch"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise UsageError(f"`{name}` must be at least 1, got {value}")
         for name in ("batch_size", "threads", "width", "image_size"):
             check_size(name, getattr(self, name))
-        ranges = dict(lr=(0, 1e6), weight_decay=(0, 1e6), death_rate=(0, 1), seed=(-(2**63), 2**64 - 1))
+        seeds = (-(2**63), 2**64 - 1)
+        ranges = dict(lr=(0, 1e6), weight_decay=(0, 1e6), death_rate=(0, 1), seed=seeds, order_seed=seeds)
         for name, (low, high) in ranges.items():
             value = getattr(self, name)
             if value is not None and not low <= value <= high:
@@ -220,6 +246,10 @@ class Config:
             raise UsageError(f"`momentum` must be from 0 on and below 1, got {self.momentum}")
         if self.device == "":
             raise UsageError("`device` is empty: allowed are cpu, cuda, cuda:1, ...")
+        if not 0 <= self.warmup <= self.epochs:
+            raise UsageError(f"`warmup` must be in [0, {self.epochs}] epochs, got {self.warmup}")
+        if wrong := [epoch for epoch in self.keep_weights or () if not 1 <= epoch <= self.epochs]:
+            raise UsageError(f"`keep_weights` must be epochs from 1 to {self.epochs}, got {wrong[0]}")
         for epoch in self.lr_drops or ():
             if not 0 <= epoch < math.inf:
                 raise UsageError(f"`lr_drops` must be epochs from 0 on, got {epoch}")

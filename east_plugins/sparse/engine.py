@@ -131,6 +131,13 @@ class Engine:
         no update by a rule that needs it."""
         return {name: sink.dense for name, sink in self._sinks.items() if sink.dense is not None}
 
+    def take_gradients(self) -> dict[str, Tensor]:
+        """The same, and none are left: passes from here on begin anew."""
+        found = self.dense_gradients()
+        for sink in self._sinks.values():
+            sink.dense = None
+        return found
+
     def stepped(self) -> None:
         """Called by the host at the end of a step: whatever changed in the weights since the last one was its own."""
         self._versions = [weight._version for weight in self._weights.values()]

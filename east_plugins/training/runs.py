@@ -16,37 +16,30 @@ from .. import __version__
 from ..errors import UsageError
 from ..host import presets
 from ..ops import files
+from ..ops.checkpoints import CHECKPOINT
+from ..ops.checkpoints import load as load_checkpoint
 from ..ops.files import check_folder, digest, make_folder, write_atomically  # noqa: F401
 from ..ops.maskable import layers
-from ..ops.packing import pack, unpack
+from ..ops.packing import pack
 from ..options import sources
 from ..options.config import Config, Resolved
 from ..plugins import registry
 from ..plugins.transform.quiet import silence
 from . import images, models
 
-CONFIG, METRICS, SUMMARY, CHECKPOINT = "config.yaml", "metrics.jsonl", "summary.json", "checkpoint.pt"
+CONFIG, METRICS, SUMMARY = "config.yaml", "metrics.jsonl", "summary.json"
 PREVIOUS = "checkpoint.previous.pt"  #: the checkpoint before the last one
+
+
+def weights_of(epoch: int) -> str:
+    """File of the weights as they were at the end of an epoch, which `keep_weights` names."""
+    return f"weights-{epoch}.pt"
 
 
 def save_checkpoint(path: Path, state: dict[str, Any]) -> None:
     """Write a checkpoint, complete or not at all; what is mostly zero takes its active values' space. The one before it
     is kept."""
     files.save_checkpoint(path, pack(state), path.with_name(PREVIOUS))
-
-
-def load_checkpoint(path: Path, device: torch.device | str = "cpu") -> dict[str, Any]:
-    """A checkpoint's tensors and plain values; raises `UsageError` where it is missing or damaged."""
-    try:
-        files.check_archive(path)
-        state = unpack(torch.load(path, map_location=device, weights_only=True))
-        if not isinstance(state, dict):
-            raise ValueError(f"it holds a {type(state).__name__}")
-        return state
-    except FileNotFoundError as error:
-        raise UsageError(f"{path} does not exist; expected is the folder of a run") from error
-    except Exception as error:  # torch raises whatever the broken bytes lead it to
-        raise UsageError(f"{path} cannot be read as a checkpoint: {' '.join(str(error).split())[:120]}") from error
 
 
 def write_config(folder: Path, options: Resolved) -> None:
@@ -157,7 +150,7 @@ def load_data(options: Config) -> images.Data:
 
 @dataclass
 class Run:
-    """A finished run: the network that was tested, its masks, and what is known of it."""
+    """A finished run: its network, that network's masks, and what is known of it."""
 
     folder: Path
     config: Resolved
@@ -171,8 +164,9 @@ class Run:
         return tuple(self.summary["input_shape"])
 
 
-def load_run(folder: str | Path) -> Run:
-    """The trained network of a run directory, in evaluation mode on the CPU.
+def load_run(folder: str | Path, last: bool = False) -> Run:
+    """The trained network of a run directory, in evaluation mode on the CPU: the one that was tested, or with `last`
+    that of the last epoch.
 
     Raises `UsageError` where the folder is no run's, the run is unfinished, or a file is damaged.
     """
@@ -185,9 +179,10 @@ def load_run(folder: str | Path) -> Run:
     try:
         options = asked.resolve(summary["steps"] // summary["epochs"])
         best = checkpoint["best"]
+        weights, masks = (checkpoint["model"], checkpoint["host"]["masks"]) if last else (best["model"], best["masks"])
         model = build_model(options, summary["classes"], tuple(summary["input_shape"]))
-        model.load_state_dict(best["model"])
-        return Run(folder, options, summary, model.eval(), best["masks"])
+        model.load_state_dict(weights)
+        return Run(folder, options, summary, model.eval(), masks)
     except UsageError:
         raise
     except (KeyError, TypeError, ValueError, RuntimeError) as error:

@@ -26,11 +26,12 @@ from ..ops.paths import effective_density, on_path
 from ..options.config import Config, Resolved
 from ..plugins import registry
 from ..sparse import Engine
-from . import runs, state
+from . import runs, state, update_batch
 from .graphed import GraphedStep
 from .images import Batches, Data, Images
 from .interrupts import Interrupt, caught
 from .progress import Progress
+from .starts import begin_from
 from .state import Totals
 
 logger = logging.getLogger(__name__)
@@ -92,11 +93,12 @@ class Trainer:
         self.model = runs.build_model(options, self.data.num_classes, self.data.input_shape).to(self.device)
         if options.channels_last:
             self.model.to(memory_format=torch.channels_last)
+        if options.start is not None:
+            begin_from(self.model, options.start)
         shape = self.data.input_shape
         self.phased = presets.activations(options, self.model, shape) if options.east.dyrelu else None
         self.optimizer = _optimizer(options, self.model)
-        milestones = [round(min(epoch, options.epochs) * options.steps_per_epoch) for epoch in options.lr_drops]
-        self.scheduler = torch.optim.lr_scheduler.MultiStepLR(self.optimizer, milestones, gamma=0.1)
+        self.scheduler = _schedule(options, self.optimizer)
         plugins = [] if self.phased is None else [self.phased]
         batches = Batches(self.data.train, options.batch_size, options.seed, options.channels_last)
         self.host = presets.hosted(Masking, options, self.model, self.optimizer, shape, plugins, batches)
@@ -104,7 +106,8 @@ class Trainer:
         self.engine = Engine(self.host, shape, "dense" if options.compile or options.cuda_graph else options.engine)
         self.forward = torch.compile(self.model) if options.compile else self.model
         self.graphed = self._graphed() if options.cuda_graph else None
-        self.generator = torch.Generator().manual_seed(options.seed)
+        order = options.seed if options.order_seed is None else options.order_seed
+        self.generator = torch.Generator().manual_seed(order)
         self.epoch, self.step_in_epoch = 0, 0
         self.epoch_generator = self.generator.get_state()
         self.totals = Totals()
@@ -139,6 +142,8 @@ class Trainer:
         line = self._evaluate()
         self.seconds += time.monotonic() - began
         line["seconds"] = round(self.seconds, 2)
+        if self.epoch in (options.keep_weights or ()):
+            files.save_checkpoint(self.out / runs.weights_of(self.epoch), self.model.state_dict())
         self.totals = Totals()
         if not math.isfinite(line["loss"]):
             line["loss"] = None  # JSON has no NaN
@@ -162,6 +167,8 @@ class Trainer:
         return time.monotonic() - self.saved >= 60 * minutes
 
     def _step(self, x: Tensor, y: Tensor) -> None:
+        if self.options.update_batch is not None and self.host.dense_gradient_due:
+            self.host.offer_gradients(update_batch.gradients(self, self.options.update_batch))
         if self.graphed is None:
             loss, correct = self._gradients(x, y)
         else:
@@ -185,7 +192,7 @@ class Trainer:
     def _gradients(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
         """Mean loss of a batch, and how many of its images were classified right; makes the gradients."""
         self.optimizer.zero_grad()
-        with self._autocast():
+        with self.autocast():
             output = self.forward(x)
             loss = F.cross_entropy(output, y)
         loss.backward()
@@ -226,7 +233,7 @@ class Trainer:
         self.model.eval()
         correct = torch.zeros((), dtype=torch.long, device=self.device)
         for x, y in images.batches(1000 if images.shape[-1] <= 64 else self.options.batch_size):
-            with self._autocast():
+            with self.autocast():
                 correct += (self.model(x).argmax(1) == y).sum()
         return correct.item() / max(1, len(images))
 
@@ -272,7 +279,7 @@ class Trainer:
     def beta(self) -> float:
         return self.phased.beta if self.phased else 0.0
 
-    def _autocast(self):
+    def autocast(self):
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.options.amp)
 
     def save(self) -> None:
@@ -299,6 +306,17 @@ def _optimizer(options: Resolved, model: nn.Module) -> torch.optim.Optimizer:
     if options.optimizer == "sgd":
         return torch.optim.SGD(parameters, momentum=options.momentum, nesterov=options.nesterov, **shared)
     return {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[options.optimizer](parameters, **shared)
+
+
+def _schedule(options: Resolved, optimizer: torch.optim.Optimizer) -> torch.optim.lr_scheduler.LRScheduler:
+    """Tenfold drops, after a linear rise from a tenth of the rate over the warm-up."""
+    milestones = [round(min(epoch, options.epochs) * options.steps_per_epoch) for epoch in options.lr_drops]
+    drops = torch.optim.lr_scheduler.MultiStepLR(optimizer, milestones, gamma=0.1)
+    steps = round(options.warmup * options.steps_per_epoch)
+    if not steps:
+        return drops
+    rise = torch.optim.lr_scheduler.LinearLR(optimizer, 0.1, total_iters=steps)
+    return torch.optim.lr_scheduler.ChainedScheduler([rise, drops])
 
 
 def _peak_memory(device: torch.device) -> float:
