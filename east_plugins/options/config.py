@@ -170,8 +170,9 @@ class Config:
         type=float, metavar="MIN",
     )  # fmt: skip
     keep_weights: list[int] | None = option(
-        None, "epochs whose weights at their end are kept, in weights-E.pt", type=_whole_epochs, metavar="E,E"
-    )
+        None, "epochs whose weights at their end are kept, in weights-E.pt; 0: those that training begins with",
+        type=_whole_epochs, metavar="E,E",
+    )  # fmt: skip
     device: str | None = option(None, "cpu, cuda, cuda:1, ... (default: cuda where there is one)")
     threads: int | None = option(None, "CPU threads (default: PyTorch's choice)", type=int)
     engine: str = option(
@@ -248,8 +249,8 @@ class Config:
             raise UsageError("`device` is empty: allowed are cpu, cuda, cuda:1, ...")
         if not 0 <= self.warmup <= self.epochs:
             raise UsageError(f"`warmup` must be in [0, {self.epochs}] epochs, got {self.warmup}")
-        if wrong := [epoch for epoch in self.keep_weights or () if not 1 <= epoch <= self.epochs]:
-            raise UsageError(f"`keep_weights` must be epochs from 1 to {self.epochs}, got {wrong[0]}")
+        if wrong := [epoch for epoch in self.keep_weights or () if not 0 <= epoch <= self.epochs]:
+            raise UsageError(f"`keep_weights` must be epochs from 0 to {self.epochs}, got {wrong[0]}")
         for epoch in self.lr_drops or ():
             if not 0 <= epoch < math.inf:
                 raise UsageError(f"`lr_drops` must be epochs from 0 on, got {epoch}")

@@ -14,6 +14,7 @@ from . import east, flags, inherit, methods, plugged
 from .config import Config
 from .east import EastOptions
 from .inherit import Origins
+from .programs import Program
 
 _FIELDS = {field.name for field in dataclasses.fields(Config)} - {"east", "plugin_options", "origins"}
 _EAST = {f"east_{field.name}" for field in dataclasses.fields(EastOptions)}
@@ -35,7 +36,7 @@ _OTHERS |= {"densities", "itop", "sparseprop", "plot"}
 #: Settings counted in epochs or steps, apart from those of plugins.
 _COUNTED = {field.name for field in dataclasses.fields(Config) if field.metadata.get("counted")}
 _COUNTED |= {f"east_{field.name}" for field in dataclasses.fields(EastOptions) if field.metadata.get("counted")}
-_SPOKEN = _FIELDS | _EAST | _OTHERS
+_SPOKEN = _FIELDS | _EAST | _OTHERS | {field.name for field in dataclasses.fields(Program)}
 _SWITCHES = tuple(f"east_{name}" for name in east.SWITCHES)
 
 

@@ -75,6 +75,8 @@ def train(options: Config, out: str | Path, resume: bool = False, quiet: bool = 
         if resume:
             trainer.restore()
         runs.write_config(out, trainer.options)
+        if trainer.epoch == trainer.step_in_epoch == 0:
+            trainer.keep_weights()
         with caught() as interrupt, Progress(trainer, quiet) as progress:
             while trainer.epoch < trainer.options.epochs:
                 trainer.run_epoch(interrupt, progress)
@@ -142,8 +144,7 @@ class Trainer:
         line = self._evaluate()
         self.seconds += time.monotonic() - began
         line["seconds"] = round(self.seconds, 2)
-        if self.epoch in (options.keep_weights or ()):
-            files.save_checkpoint(self.out / runs.weights_of(self.epoch), self.model.state_dict())
+        self.keep_weights()
         self.totals = Totals()
         if not math.isfinite(line["loss"]):
             line["loss"] = None  # JSON has no NaN
@@ -158,6 +159,11 @@ class Trainer:
         if self.epoch == options.epochs or self._save_is_due(epoch_ended=True):
             self.save()
         progress.epoch(line)
+
+    def keep_weights(self) -> None:
+        """Write the weights as they are to a file of their own, where that is asked for at the end of this epoch."""
+        if self.epoch in (self.options.keep_weights or ()):
+            files.save_checkpoint(self.out / runs.weights_of(self.epoch), self.model.state_dict())
 
     def _save_is_due(self, epoch_ended: bool = False) -> bool:
         """Whether the time between two checkpoints has passed; without `save_every` they come at ends of epochs."""
