@@ -149,7 +149,7 @@ class Config:
         metavar="E,E",
     )
     momentum: float = option(0.9, "momentum of sgd", type=float)
-    warmup: float = option(0.0, "epochs in which the rate rises from a tenth to itself", type=float)
+    warmup: float = option(0.0, "epochs in which the rate rises from a tenth to itself", type=float, counted=True)
     nesterov: bool | None = option(None, "Nesterov momentum", switch=True)
     clip_norm: float | None = option(
         None, "largest norm of the gradient; longer ones are cut (default: none)", type=float

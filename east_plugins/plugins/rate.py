@@ -72,7 +72,7 @@ class Stepped:
     initial: float
     steps: int
     factor: float = option(0.99, "what the rate is multiplied by", type=float)
-    every: int = option(600, "steps between", type=int)
+    every: int = option(600, "steps between", type=int, counted=True)
 
     def __post_init__(self) -> None:
         if not 0 <= self.initial <= 1:
