@@ -213,6 +213,11 @@ class Masking(Books, Pace):
         return self.reads_dense_gradients or (self.dense_gradient_due and self._offered is None)
 
     @property
+    def update_due(self) -> bool:
+        """Whether the next step has a topology update."""
+        return self._due_next
+
+    @property
     def dense_gradient_due(self) -> bool:
         """Whether the next step has a topology update by a rule that scores with the dense gradient."""
         return "grad" in self.needs and self._due_next

@@ -165,6 +165,18 @@ class Trainer:
         if self.epoch in (self.options.keep_weights or ()):
             files.save_checkpoint(self.out / runs.weights_of(self.epoch), self.model.state_dict())
 
+    def to_update(self) -> None:
+        """Train as far as the gradients of the first step with a topology update, which is not made: what rules would
+        see. Nothing is evaluated or written."""
+        self.model.train()
+        for _ in range(self.options.epochs):
+            for x, y in self.data.train.batches(self.options.batch_size, self.generator, self.options.channels_last):
+                if self.host.update_due:
+                    self._gradients(x, y)
+                    return
+                self._step(x, y)
+        raise UsageError(f"a run of {self.options.steps} steps has no topology update")
+
     def _save_is_due(self, epoch_ended: bool = False) -> bool:
         """Whether the time between two checkpoints has passed; without `save_every` they come at ends of epochs."""
         minutes = self.options.save_every
