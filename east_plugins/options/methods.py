@@ -69,6 +69,11 @@ METHODS: dict[str, Preset] = {
         dict(_RIGL, structure="fan-in", structure_gamma_sal=0.3, death_rate=0.3),
         update=100,
     ),
+    "chase": Preset(
+        "Yin et al. 2023: half of the channels removed by 0.8 of the run, weights move over all layers",
+        dict(_RIGL, structure="channels", structure_remove=0.5, structure_least=0.5, structure_until=0.8),
+        update=1000,
+    ),
     "cht": Preset(
         "Zhang et al. 2024: grown where paths of length 3 say, without gradients, after every epoch",
         dict(growth="ch3-l3", death="magnitude", death_rate=0.3, weight_init="sparse-fan-in"),
@@ -78,6 +83,11 @@ METHODS: dict[str, Preset] = {
         "after Li et al. 2024, NeurRev: negative weights of dormant neurons pruned first",
         dict(growth="random", death="dormant", death_tau=0.01),
         update=1500,
+    ),
+    "dynadiag": Preset(
+        "after Tyagi et al. 2025: whole diagonals, by mean magnitude and mean gradient",
+        dict(_RIGL, structure="diagonals"),
+        update=100,
     ),
     "open": Preset(
         "whole kernels and pairs of channels in turn on the shortest path, blocks that start silent (RESULTS.md)",

@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 
+from east_plugins import Masking
 from east_plugins.ops.communities import ch3_l3
 
 
@@ -38,3 +39,17 @@ def test_a_closed_community_counts_in_full_and_links_that_leave_it_count_less():
     leaving = torch.tensor([[1, 1, 0, 0], [0, 1, 1, 1]], dtype=torch.bool)
     assert ch3_l3(leaving)[0, 2].item() == pytest.approx(1 / math.sqrt(2))
     assert not ch3_l3(torch.zeros(3, 4, dtype=torch.bool)).any()
+
+
+def test_a_host_grows_what_the_pruned_topology_predicts_and_needs_no_gradient():
+    model = torch.nn.Linear(40, 25)
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    host = Masking(optimizer, death_rate=0.3, growth_mode="ch3-l3", update_frequency=1, seed=0)
+    host.add_module(model, density=0.1)
+    before = host.masks["weight"].clone()
+    left = before & ~host.removed_by("magnitude", 0.3)["weight"]
+    assert int(left.sum()) == 70 and "grad" not in host.needs
+    host.truncate_weights()
+    grown, scores = host.masks["weight"] & ~left, ch3_l3(left)
+    assert host.nonzeros == 100 and int(grown.sum()) == 30
+    assert scores[grown].min() >= scores[~host.masks["weight"]].max()

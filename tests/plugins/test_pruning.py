@@ -179,3 +179,26 @@ def test_the_stepped_rate_is_099_every_600_steps():
     rate = sources.from_flags({"method": "rigl", "decay_schedule": "stepped", "epochs": 100}).resolve(60).rate_decay()
     assert rate(0) == rate(599) == 0.5
     assert rate(600) == pytest.approx(0.5 * 0.99) and rate(3000) == pytest.approx(0.5 * math.pow(0.99, 5))
+
+
+def test_negative_weights_of_dormant_neurons_go_first_and_largest_first_then_the_smallest():
+    model = nn.Sequential(nn.Linear(6, 4), nn.ReLU(), nn.Linear(4, 3))
+    host = Masking(torch.optim.SGD(model.parameters(), 0.1), death_mode="dormant", growth_mode="random")
+    host.add_module(model, density=1.0)
+    with torch.no_grad():
+        model[0].weight.copy_(torch.arange(24.0).view(4, 6).add(1).mul(torch.tensor([1.0, -1]).repeat(12).view(4, 6)))
+        model[0].weight[1] = torch.tensor([9.0, -3, 0.5, -7, 0.25, -0.125])
+        model[0].bias[1] = -1e6  # its neuron passes nothing
+    model(torch.rand(8, 6) + 0.1).square().sum().backward()
+    model[0].weight.grad[0] += 1  # every other neuron has a gradient
+    model[0].weight.grad[2:] += 1
+    assert not model[0].weight.grad[1].any()
+    gone = [host.removed_by("dormant", k / 24)["0.weight"] for k in range(1, 6)]
+    order = [
+        model[0].weight[now & ~before].item() for before, now in zip([gone[0] & False, *gone[:-1]], gone, strict=True)
+    ]
+    assert order == [-7, -3, -0.125, 0.25, 0.5]
+    none = host.removed_by("dormant", 2 / 24, tau=0.0)["0.weight"]
+    assert model[0].weight[none].tolist() == [-3, -7]
+    with pytest.raises(UsageError, match="`tau` must be at least 0"):
+        host.removed_by("dormant", 0.1, tau=-1.0)
