@@ -34,6 +34,10 @@ class NothingMatchedError(UsageError):
     """A plugin found nothing in the model that it could act on."""
 
 
+class InUseError(UsageError):
+    """A folder that another process writes to."""
+
+
 class Interrupted(EastError):
     """Ctrl-C was pressed; what was done so far is saved."""
 

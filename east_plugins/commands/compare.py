@@ -12,7 +12,7 @@ from ..options import flags, sources
 from . import parsing
 
 if TYPE_CHECKING:
-    from ..training.compare import Job
+    from ..training.jobs import Job
 
 
 def main(argv: Sequence[str]) -> int:
@@ -26,24 +26,40 @@ def main(argv: Sequence[str]) -> int:
         late=sources.late,
     )
     group = parser.add_argument_group("comparison")
-    group.add_argument("--methods", default="set,rigl,east", metavar="M,M", help="methods, as train takes them")
-    group.add_argument("--sparsities", default="0.999,0.9995", metavar="S,S", help="shares of weights that are zero")
-    group.add_argument("--seeds", default="0", metavar="N,N", help="one run for each seed")
-    group.add_argument("--jobs", type=int, default=1, metavar="N", help="runs at a time (default: 1)")
+    group.add_argument(
+        "--methods",
+        metavar="M,M",
+        help="methods, as train takes them (default: of the grid in --config, else set,rigl,east)",
+    )
+    group.add_argument(
+        "--sparsities", metavar="S,S", help="shares of weights that are zero (default: of the grid, else 0.999,0.9995)"
+    )
+    group.add_argument("--seeds", metavar="N,N", help="one run for each seed (default: of the grid, else 0)")
+    group.add_argument(
+        "--jobs", type=int, metavar="N", help="runs at a time (default: 1; with Ray as many as it has room for)"
+    )
+    group.add_argument(
+        "--backend",
+        choices=["local", "ray"],
+        default="local",
+        help="processes of this machine, spread over its GPUs, or tasks of a Ray cluster (default: local)",
+    )
     group.add_argument("--out", required=True, type=flags.folder, metavar="DIR", help="folder of runs, table and plot")
     sources.add_flags(parser)
     for name in ("--method", "--density", "--seed"):  # in the plural here
         flags.option_strings(parser)[name].help = argparse.SUPPRESS
     given = vars(parser.parse_args(argv))
-    methods, sparsities, seeds, workers, out = (
-        given.pop(name) for name in ("methods", "sparsities", "seeds", "jobs", "out")
+    methods, sparsities, seeds, workers, out, backend = (
+        given.pop(name) for name in ("methods", "sparsities", "seeds", "jobs", "out", "backend")
     )
     flags.check_size("jobs", workers, "--jobs")
     densities, numbers = _numbers("--sparsities", sparsities, float), _numbers("--seeds", seeds, int)
-    from ..training.compare import compare, markdown  # PyTorch is not waited for where a flag is wrong
+    from ..training.compare import compare  # PyTorch is not waited for where a flag is wrong
+    from ..training.table import markdown
 
+    names = None if methods is None else methods.split(",")
     rows = compare(
-        methods.split(","), densities, out, seeds=numbers, workers=workers, finished=_tell, say=_say, **given
+        names, densities, out, seeds=numbers, workers=workers, backend=backend, finished=_tell, say=_say, **given
     )
     print(markdown(rows))
     print(f"table: {out / 'table.md'}   plot: {out / 'accuracy.png'}")
@@ -55,15 +71,21 @@ def _say(line: str) -> None:
 
 
 def _tell(job: Job, summary: dict[str, Any], number: int, count: int) -> None:
+    if summary.get("unfinished"):
+        result = f"unfinished, {summary['steps']:,} of {summary['steps_in_all']:,} steps"
+    else:
+        result = f"test {summary['test_accuracy']:.2%}"
     print(
-        f"{number:>3}/{count}  {job.method:<16} sparsity {job.sparsity:g}  seed {job.seed}  "
-        f"test {summary['test_accuracy']:.2%}  {summary['seconds']:.0f} s",
+        f"{number:>3}/{count}  {job.label:<16} sparsity {job.sparsity:g}  seed {job.seed}  {result}  "
+        f"{summary['seconds']:.0f} s",
         file=sys.stderr,
         flush=True,
     )
 
 
-def _numbers(flag: str, text: str, kind: type) -> list[Any]:
+def _numbers(flag: str, text: str | None, kind: type) -> list[Any] | None:
+    if text is None:
+        return None
     try:
         return [kind(part) for part in text.split(",")]
     except ValueError:

@@ -34,6 +34,13 @@ def main(argv: Sequence[str]) -> int:
     from ..training.trainer import DEAD, train  # PyTorch is not waited for where a flag is wrong
 
     summary = train(options, out, resume, quiet)
+    if summary.get("unfinished"):
+        print(
+            f"unfinished: stopped by --limit-steps after {summary['steps']:,} of {summary['steps_in_all']:,} steps, "
+            f"nothing was tested; loss {summary['loss']:.4f}, "
+            f"{summary['nonzeros']:,} of {summary['maskable']:,} weights active; --resume --out {out} goes on"
+        )
+        return 0
     validation = f" (validation {summary['best_validation_accuracy']:.2%})" if options.validation else ""
     print(
         f"test accuracy {summary['test_accuracy']:.2%} of the network of epoch {summary['best_epoch']}{validation}, "

@@ -25,7 +25,9 @@ import torch
 
 from ..errors import UsageError
 from ..options import flags, sources
-from ..training import compare, runs
+from ..training import jobs as jobs_of
+from ..training import runs
+from ..training import table as table_of
 
 LIMIT = 520  # seconds of a call
 SAVING = 20  # seconds of it that stopped runs have for writing their state
@@ -77,7 +79,7 @@ def settings(wanted: Wanted) -> dict[str, Any]:
     return given
 
 
-def jobs(wanted: Wanted) -> list[compare.Job]:
+def jobs(wanted: Wanted) -> list[jobs_of.Job]:
     """The part's runs, checked."""
     _, group = PARTS[wanted.part]
     try:
@@ -85,7 +87,7 @@ def jobs(wanted: Wanted) -> list[compare.Job]:
     except ValueError:
         raise UsageError(f"`seeds` must be whole numbers joined by commas, got {wanted.seeds!r}") from None
     sparsities = [0.9] if wanted.tiny else SPARSITIES
-    found = compare.jobs(METHODS[group].split(","), sparsities, seeds, wanted.out / wanted.part, settings(wanted))
+    found = jobs_of.jobs(METHODS[group].split(","), sparsities, seeds, wanted.out / wanted.part, settings(wanted))
     return found[:2] if wanted.tiny else found
 
 
@@ -158,7 +160,7 @@ def run(wanted: Wanted, began: float, note: Callable[[str], None]) -> bool:
     each run's last line."""
     ends = began + wanted.seconds - SAVING
     todo = [job for job in jobs(wanted) if runs.read_summary(job.out) is None]
-    running: list[tuple[compare.Job, subprocess.Popen]] = []
+    running: list[tuple[jobs_of.Job, subprocess.Popen]] = []
     try:
         while todo or running:
             while todo and len(running) < wanted.jobs and time.monotonic() < ends:
@@ -183,7 +185,7 @@ def progress(wanted: Wanted) -> tuple[int, int]:
     return sum(runs.read_summary(job.out) is not None for job in todo), len(todo)
 
 
-def _start(job: compare.Job) -> subprocess.Popen:
+def _start(job: jobs_of.Job) -> subprocess.Popen:
     parser = flags.Parser(add_help=False)
     sources.add_flags(parser)
     arguments = flags.as_arguments(job.options.as_dict(), parser, str(job.out))
@@ -193,12 +195,12 @@ def _start(job: compare.Job) -> subprocess.Popen:
         return subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True)
 
 
-def _last_line(job: compare.Job, code: int) -> str:
+def _last_line(job: jobs_of.Job, code: int) -> str:
     log = Path(f"{job.out}.txt").read_text().splitlines()
     return f"{job.out.name}: {log[-1] if log else f'exit {code}'}"
 
 
-def _stop(running: list[tuple[compare.Job, subprocess.Popen]], note: Callable[[str], None]) -> None:
+def _stop(running: list[tuple[jobs_of.Job, subprocess.Popen]], note: Callable[[str], None]) -> None:
     """Have runs save themselves; what has not ended in time is killed and goes on from its last checkpoint."""
     for _, process in running:
         process.send_signal(signal.SIGINT)
@@ -231,10 +233,10 @@ def table(out: Path) -> str:
         pairs = [(_job(folder), summary) for folder, summary in found]
         order = ",".join(METHODS.values()).split(",")
         pairs.sort(key=lambda pair: (order.index(pair[0].method), pair[0].sparsity, pair[0].seed))
-        rows = compare.collect(pairs)
+        rows = table_of.collect(pairs)
         epochs = sorted({summary["epochs"] for _, summary in pairs})
         texts.append(f"{model}, {'/'.join(map(str, epochs))} epochs\n\n"
-                     + compare.markdown(rows))  # fmt: skip
+                     + table_of.markdown(rows))  # fmt: skip
         everything[model] = {job.out.name: summary for job, summary in pairs}
     if not everything:
         raise UsageError(f"`out` {out} holds no finished run; expected is the folder of the other parts")
@@ -244,6 +246,6 @@ def table(out: Path) -> str:
     return text
 
 
-def _job(folder: Path) -> compare.Job:
+def _job(folder: Path) -> jobs_of.Job:
     method, sparsity, seed = folder.name.rsplit("-", 2)
-    return compare.Job(method, float(sparsity), int(seed.removeprefix("seed")), runs.read_config(folder), folder)
+    return jobs_of.Job(method, float(sparsity), int(seed.removeprefix("seed")), runs.read_config(folder), folder)

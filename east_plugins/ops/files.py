@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..errors import EastError, UsageError
+from ..errors import EastError, InUseError, UsageError
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -95,7 +95,7 @@ def check_archive(path: Path) -> None:
 
 @contextlib.contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """The folder is this process's for the block; raises `UsageError` where it is another one's. A process that dies
+    """The folder is this process's for the block; raises `InUseError` where it is another one's. A process that dies
     leaves no lock behind."""
     try:
         import fcntl
@@ -111,7 +111,7 @@ def locked(folder: Path) -> Iterator[None]:
             file.seek(0)
             holder = file.read().strip()
             file.close()
-            raise UsageError(
+            raise InUseError(
                 f"`out` {folder} is in use by {holder or 'another process'}: wait for it, or choose another folder"
             ) from None
         except OSError:  # a file system without locks

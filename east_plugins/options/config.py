@@ -133,6 +133,10 @@ class Config:
     transform: str | None = option(None, "model transform of your own, module:function", metavar="NAME")
 
     epochs: int = option(250, "passes over the training images", type=int)
+    limit_steps: int | None = option(
+        None, "stop after so many steps: to see that a run works; it is left unfinished, and `resume` goes on with it",
+        type=int, metavar="N",
+    )  # fmt: skip
     batch_size: int = option(128, "images a step", type=int)
     update_batch: int | None = option(
         None,
@@ -231,7 +235,7 @@ class Config:
     def _check_numbers(self) -> None:
         if self.density is not None:
             check_density(self.density)
-        for name in ("epochs", "update_frequency", "limit", "update_batch"):
+        for name in ("epochs", "update_frequency", "limit", "limit_steps", "update_batch"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise UsageError(f"`{name}` must be at least 1, got {value}")

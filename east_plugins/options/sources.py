@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import UsageError
-from . import east, flags, inherit, methods, plugged
+from . import east, flags, grid, inherit, methods, plugged
 from .config import Config
 from .east import EastOptions
 from .inherit import Origins
@@ -32,7 +32,7 @@ _OTHERS = {
     "channels",
     "latency",
 }
-_OTHERS |= {"densities", "itop", "sparseprop", "plot"}
+_OTHERS |= {"backend", "config", "densities", "itop", "sparseprop", "plot"}
 #: Settings counted in epochs or steps, apart from those of plugins.
 _COUNTED = {field.name for field in dataclasses.fields(Config) if field.metadata.get("counted")}
 _COUNTED |= {f"east_{field.name}" for field in dataclasses.fields(EastOptions) if field.metadata.get("counted")}
@@ -91,11 +91,22 @@ def add_plugin_flags(parser: argparse.ArgumentParser, known: Mapping[str, Any]) 
 @dataclass(frozen=True)
 class File:
     """What a `--config` file and those that it inherits from say, as parsed flags; `origins` maps each setting to its
-    key and file, for messages."""
+    key and file, for messages. `blocks` are those of its `grid`."""
 
     path: str
     values: Mapping[str, Any]
     origins: Mapping[str, str]
+    blocks: Sequence[grid.Block] = ()
+
+    def at(self, settings: Mapping[str, Any]) -> File:
+        """The file of one run of its grid: values of settings, as YAML has them, added to what it says."""
+        if not settings:
+            return self
+        source = f"{self.path}: grid"
+        said = _parsed(source, settings, _raw({**self.values, **settings}))
+        values = {**over(self.values, said), **said}
+        origins = {**self.origins, **{name: f"{name.replace('_', '-')} of {source}" for name in said}}
+        return File(self.path, values, {name: origins[name] for name in values})
 
 
 def from_flags(given: Mapping[str, Any], method: str = Config.method, data: str = Config.data) -> Config:
@@ -109,6 +120,8 @@ def from_flags(given: Mapping[str, Any], method: str = Config.method, data: str 
     given, origins = dict(given), Origins()
     if (config := given.pop("config", None)) is not None:
         file = config if isinstance(config, File) else read(config)
+        if file.blocks:
+            file = dataclasses.replace(file, blocks=()).at(grid.single(file.blocks, given, f"`config` {file.path}"))
         values = over(file.values, given)
         epochs, asked = file.values.get("epochs") or 0, given.get("epochs") or 0
         if differ := epochs > 0 and asked > 0 and epochs != asked:
@@ -186,7 +199,11 @@ def _counted(given: Mapping[str, Any]) -> set[str]:
 
 def _names(files: Sequence[tuple[str, Mapping[str, Any]]]) -> dict[str, Any]:
     """The keys of files as the names of settings; a key without a value takes back what a file before says."""
-    found = {str(key).replace("-", "_"): value for _, content in files for key, value in content.items()}
+    return _raw({key: value for _, content in files for key, value in content.items() if key != "grid"})
+
+
+def _raw(values: Mapping[str, Any]) -> dict[str, Any]:
+    found = {str(key).replace("-", "_"): value for key, value in values.items()}
     return {name: value for name, value in found.items() if value is not None}
 
 
@@ -195,14 +212,18 @@ def read(path: str | Path) -> File:
     flags go before a file. Raises `UsageError` naming the file and the key."""
     values: dict[str, Any] = {}
     origins: dict[str, str] = {}
+    blocks: list[grid.Block] = []
     files = inherit.chain(path)
     for i, (name, content) in enumerate(files):
+        if "grid" in content:
+            inner = content.pop("grid")
+            blocks = [] if inner is None else grid.blocks(inner, f"--config {name}")
         said = _parsed(name, content, _names(files[: i + 1]))
         empty = {str(key).replace("-", "_") for key, value in content.items() if value is None}
         values = {**over({k: v for k, v in values.items() if k not in empty}, said), **said}
         keys = {str(key).replace("-", "_"): str(key) for key in content}
         origins |= {setting: f"{keys.get(setting, setting)} of {name}" for setting in said}
-    return File(str(path), values, {name: origins[name] for name in values})
+    return File(str(path), values, {name: origins[name] for name in values}, blocks)
 
 
 def _parsed(name: str, content: Mapping[str, Any], known: Mapping[str, Any]) -> dict[str, Any]:

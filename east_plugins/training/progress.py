@@ -151,6 +151,7 @@ def plan(trainer: Trainer) -> list[str]:
     rate = f", a tenth of it after {' and '.join(drops)}" if drops else ""
     updates = "no topology updates" if options.static else f"a topology update every {options.update_frequency} steps"
     east = [name for name in ("cyclic", "dyrelu", "share") if getattr(options.east, name)]
+    stops = f", of which the first {n} alone are run" if (n := options.limit_steps) else ""
     scaled = f"; what the file counts was for {n} epochs, and is scaled" if (n := options.origins.scaled_from) else ""
     shape = "x".join(map(str, data.input_shape))
     threads = torch.get_num_threads()
@@ -160,8 +161,8 @@ def plan(trainer: Trainer) -> list[str]:
         f"method    {options.label}: {updates}" + (f"; tricks: {', '.join(east)}" if east else ""),
         f"data      {options.data}: {len(data.train):,} images for training, {len(data.validation):,} for validation, "
         f"{len(data.test):,} for the test; {shape}, {data.num_classes} classes",
-        f"schedule  {options.epochs} epochs of {options.steps_per_epoch} steps, {options.batch_size} images a step; "
-        f"{options.optimizer}, rate {options.lr:g}{rate}{scaled}",
+        f"schedule  {options.epochs} epochs of {options.steps_per_epoch} steps{stops}, {options.batch_size} images a "
+        f"step; {options.optimizer}, rate {options.lr:g}{rate}{scaled}",
         f"engine    {options.engine} on {trainer.device}, {threads} thread{'s' * (threads > 1)}; the run's folder is "
         f"{trainer.out}",
     ]

@@ -43,8 +43,11 @@ def save_checkpoint(path: Path, state: dict[str, Any]) -> None:
 
 
 def write_config(folder: Path, options: Resolved) -> None:
-    """`config.yaml`: resolved options, readable by `--config`, and the versions that ran them."""
+    """`config.yaml`: resolved options, readable by `--config`, and the versions that ran them. Where a run was told to
+    stop early is left out: going on with it is not."""
     import yaml
+
+    options = dataclasses.replace(options, limit_steps=None)
 
     versions = {
         "east_plugins": __version__,
@@ -191,7 +194,7 @@ def load_run(folder: str | Path, last: bool = False) -> Run:
 
 
 #: Settings that say where and how a run is computed, not what it is.
-_ELSEWHERE = {"device", "threads", "download", "save_every", "on_nonfinite", "origins"}
+_ELSEWHERE = {"device", "threads", "download", "save_every", "on_nonfinite", "limit_steps", "origins"}
 
 
 def difference(a: Resolved, b: Resolved) -> tuple[str, Any, Any] | None:

@@ -48,6 +48,7 @@ def train(options: Config, out: str | Path, resume: bool = False, quiet: bool = 
 
         train(Config(method="rigl+connected", model="resnet20", density=0.01, epochs=12), "runs/a")
 
+    With `limit_steps` in `options` the run stops there, unfinished, and what is returned says so (`unfinished`).
     With `resume` an unfinished run in `out` goes on where it stopped, and a finished one is only read. Raises
     `UsageError` for what cannot be (before anything is written), where another process trains in `out`, and in a
     process of several (torchrun); `Interrupted` after saving on Ctrl-C, SIGTERM and SIGHUP; `EastError` where a file
@@ -79,6 +80,8 @@ def train(options: Config, out: str | Path, resume: bool = False, quiet: bool = 
             trainer.keep_weights()
         with caught() as interrupt, Progress(trainer, quiet) as progress:
             while trainer.epoch < trainer.options.epochs:
+                if trainer.at_limit:
+                    return trainer.unfinished()
                 trainer.run_epoch(interrupt, progress)
             return trainer.finish()
 
@@ -134,11 +137,13 @@ class Trainer:
             self._step(x, y)
             self.step_in_epoch += 1
             progress.step()
-            if interrupt.pressed or self._save_is_due():
+            if interrupt.pressed or self.at_limit or self._save_is_due():
                 self.seconds, began = self.seconds + time.monotonic() - began, time.monotonic()
                 self.save()
             if interrupt.pressed:
                 raise Interrupted(f"stopped in epoch {self.epoch + 1}; go on with --resume --out {self.out}")
+            if self.at_limit:
+                return
         self.epoch_generator = self.generator.get_state()
         self.epoch, self.step_in_epoch = self.epoch + 1, 0
         line = self._evaluate()
@@ -254,6 +259,26 @@ class Trainer:
             with self.autocast():
                 correct += (self.model(x).argmax(1) == y).sum()
         return correct.item() / max(1, len(images))
+
+    @property
+    def at_limit(self) -> bool:
+        """Whether the run is to stop here, unfinished."""
+        limit = self.options.limit_steps
+        return limit is not None and limit <= self.host.steps < self.options.steps
+
+    def unfinished(self) -> dict[str, Any]:
+        """What is known of a run that stops at `limit_steps`; nothing was tested, and no summary is written."""
+        return {
+            "unfinished": True,
+            "method": self.options.label,
+            "steps": self.host.steps,
+            "steps_in_all": self.options.steps,
+            "loss": self.totals.mean_loss,
+            "nonzeros": self.host.nonzeros,
+            "maskable": self.host.theoretical_size,
+            "classes": self.data.num_classes,
+            "seconds": round(self.seconds, 2),
+        }
 
     def finish(self) -> dict[str, Any]:
         """Test the best network, once, and write the summary."""

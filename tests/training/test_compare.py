@@ -10,8 +10,9 @@ import pytest
 from east_plugins.__main__ import main
 from east_plugins.errors import Interrupted
 from east_plugins.training import runs
-from east_plugins.training.compare import Job, as_csv, collect, markdown
 from east_plugins.training.compare import compare as training_compare
+from east_plugins.training.jobs import Job
+from east_plugins.training.table import as_csv, collect, markdown
 
 TINY = "--data digits --limit 120 --model cnn --width 4 --batch-size 60 --epochs 2 --device cpu".split()
 
@@ -157,7 +158,7 @@ def test_dead_and_diverged_runs_are_marked_with_what_to_try(tmp_path):
 
 
 def test_a_comparison_says_what_runs_and_shares_threads_as_the_environment_asks(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr("east_plugins.training.compare.SILENCE", 0.01)
+    monkeypatch.setattr("east_plugins.training.watch.SILENCE", 0.01)
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     assert compare(tmp_path, "--methods", "set,rigl", "--sparsities", "0.8") == 0
     said = capsys.readouterr().err
