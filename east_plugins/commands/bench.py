@@ -21,9 +21,11 @@ MASKS = ("connected", "ERK", "random", "trained", "connected-trained")
 
 
 def main(argv: Sequence[str]) -> int:
-    if not argv or argv[0] in ("-h", "--help"):
+    if not argv:
+        raise UsageError(f"bench needs a benchmark's name: {', '.join(BENCHMARKS)}")
+    if argv[0] in ("-h", "--help"):
         print(f"usage: {program()} bench {{{','.join(BENCHMARKS)}}} [flags]   (bench step --help lists them)")
-        return 0 if argv else 2
+        return 0
     if argv[0] not in BENCHMARKS:
         raise UnknownNameError("benchmark", argv[0], BENCHMARKS)
     return BENCHMARKS[argv[0]](argv[1:])

@@ -6,8 +6,13 @@ import argparse
 import contextlib
 import dataclasses
 import difflib
+import functools
+import numbers
+import os
 import re
 import sys
+import types
+import typing
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
@@ -120,11 +125,36 @@ def add_flag(parser: argparse._ActionsContainer, dest: str, field: dataclasses.F
         option_strings(parser).setdefault("--" + name.removeprefix("--").replace("-", "_"), action)
 
 
+_KINDS = {int: "a whole number", float: "a number", bool: "true or false", str: "a text"}
+
+
+@functools.cache
+def _kinds(cls: type) -> dict[str, tuple[type, ...]]:
+    """The types that a dataclass declares for its fields, where they are all plain ones."""
+    unions = typing.Union, types.UnionType
+    hints = {
+        name: typing.get_args(hint) if typing.get_origin(hint) in unions else (hint,)
+        for name, hint in typing.get_type_hints(cls).items()
+    }
+    return {name: kinds for name, kinds in hints.items() if {*kinds} <= {*_KINDS, type(None)}}
+
+
+def _is(value: Any, kind: type) -> bool:
+    if kind in (int, float):
+        return isinstance(value, numbers.Integral if kind is int else numbers.Real) and not isinstance(value, bool)
+    return isinstance(value, kind) or (kind is str and (callable(value) or isinstance(value, os.PathLike)))
+
+
 def check_choices(options: Any, prefix: str = "") -> None:
-    """Raises `UsageError` for a field of a dataclass that is none of the choices which `option` gave it; `prefix` goes
-    before the field's name in the message."""
+    """Raises `UsageError` for a field of a dataclass that is of another type than declared, or none of the choices
+    which `option` gave it; `prefix` goes before the field's name in the message."""
+    kinds = _kinds(type(options))  # type: ignore[arg-type]
     for field in dataclasses.fields(options):
         value, choices = getattr(options, field.name), field.metadata.get("choices")
+        allowed = kinds.get(field.name, ())
+        if allowed and not any(_is(value, kind) for kind in allowed):
+            wanted = " or ".join(_KINDS[kind] for kind in allowed if kind in _KINDS)
+            raise UsageError(f"`{prefix}{field.name}` must be {wanted}, got {value!r}")
         if choices is not None and value is not None and value not in choices:
             raise UsageError(f"`{prefix}{field.name}` must be one of {', '.join(map(str, choices))}, got {value!r}")
 
@@ -171,6 +201,8 @@ def read_yaml(path: str | Path, flag: str) -> dict[str, Any]:
             depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
             if depth > DEEPEST_YAML:
                 raise UsageError(f"{flag} {path} is nested deeper than {DEEPEST_YAML} levels, the most that is read")
+        if key := _twice(yaml.compose(text, yaml.SafeLoader)):
+            raise UsageError(f"{flag} {path} says {key} twice; allowed is once")
         content = yaml.safe_load(text)
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         reason = getattr(error, "strerror", None) or " ".join(str(error).split())
@@ -178,6 +210,17 @@ def read_yaml(path: str | Path, flag: str) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise UsageError(f"{flag} {path} must hold keys and values such as 'density: 0.001'")
     return content
+
+
+def _twice(node: Any) -> str | None:
+    """A key that a mapping in a YAML document has twice, of which the loader would take the last."""
+    if not isinstance(getattr(node, "value", None), list):
+        return None
+    pairs = [pair for pair in node.value if isinstance(pair, tuple)]
+    keys = [str(key.value).replace("_", "-") for key, _ in pairs]
+    inside = (value for pair in node.value for value in (pair if isinstance(pair, tuple) else [pair]))
+    again = next((key for key in keys if keys.count(key) > 1), None)
+    return again or next(filter(None, map(_twice, inside)), None)
 
 
 def as_arguments(values: Mapping[str, Any], parser: argparse.ArgumentParser, source: str) -> list[str]:

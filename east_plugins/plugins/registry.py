@@ -10,6 +10,7 @@ import inspect
 import logging
 import pkgutil
 import re
+import sys
 from collections.abc import Iterable, Iterator, Mapping
 from contextvars import ContextVar
 from dataclasses import dataclass, field
@@ -210,8 +211,8 @@ def _misfit(obj: Any, kind: str) -> str | None:
     """Why an object is no plugin of its kind, as far as it can be told without calling it."""
     if not callable(obj):
         return f"is no {kind} plugin: it must be a function, or a class whose instances are called"
-    if inspect.isbuiltin(obj) or getattr(obj, "__module__", None) == "builtins":
-        return f"is a built-in of Python and no {kind} plugin; allowed are functions and classes written for it"
+    if inspect.isbuiltin(obj) or _module(obj).split(".")[0] in sys.stdlib_module_names:
+        return f"is Python's own and no {kind} plugin; allowed are functions and classes written for it"
     if kind in _CALLED_WITH_ONE and inspect.isfunction(obj):
         try:
             inspect.signature(obj).bind(None)

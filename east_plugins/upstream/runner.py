@@ -33,10 +33,20 @@ def entered(script: str, arguments: Sequence[str], by_name: bool) -> Iterator[Pa
     argv, path = sys.argv, sys.path[:]
     sys.argv = [script, *arguments]
     sys.path[0] = str(folder)
+    if by_name and not _is_module(script):
+        sys.argv, sys.path = argv, path
+        raise UsageError(f"run: no such module: {script}")
     try:
         yield folder
     finally:
         sys.argv, sys.path = argv, path
+
+
+def _is_module(name: str) -> bool:
+    try:
+        return importlib.util.find_spec(name) is not None
+    except (ImportError, ValueError):
+        return False
 
 
 def run(script: str, by_name: bool) -> None:

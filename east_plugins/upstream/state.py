@@ -12,6 +12,7 @@ from __future__ import annotations
 import importlib
 import os
 import pickle
+import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -125,6 +126,8 @@ def read(path: str | os.PathLike) -> State:
 
     Raises `UsageError` for a file that cannot be read, is something else, or comes from a version that saved no values.
     """
+    if not zipfile.is_zipfile(path):
+        raise UsageError(f"{os.fspath(path)} is neither the folder of a run nor a file of --east-state")
     try:
         state = torch.load(Path(path), map_location="cpu", weights_only=True)
     except (OSError, RuntimeError, EOFError, ValueError, pickle.UnpicklingError) as error:

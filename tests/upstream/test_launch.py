@@ -375,7 +375,7 @@ def test_an_unfinished_network_and_a_file_of_something_else_are_refused(capsys):
     torch.save({"masks": {}}, "other.pt")
     Path("text.pt").write_text("nothing")
     for file in ("other.pt", "text.pt", "missing.pt"):
-        with pytest.raises(UsageError, match=rf"^{file} (holds no|cannot be)"):
+        with pytest.raises(UsageError, match=rf"^{file} (holds no|is neither)"):
             state.read(file)
 
 
