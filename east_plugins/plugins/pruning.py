@@ -152,6 +152,27 @@ class RunningSNIP(Running):
         return snip(layer)
 
 
+@pruning.register("bilevel", needs=("average",))
+@dataclass(frozen=True)
+class Bilevel(Running):
+    """What a mask's variable gains by keeping the weight, averaged over steps (after BiDST, Ji et al. 2024).
+
+    The mask m is the upper level of a bi-level problem, the weights under it the lower one, with a penalty of `gamma`
+    / 2 * |w|^2. By its implicit gradient (BiP, Zhang et al. 2022, Equation 5) the loss falls by (g / gamma - w) * g as
+    m goes from 0 to 1, where g is the gradient of the masked weights.
+    """
+
+    gamma: float = option(1.0, "weight of the lower level's penalty", type=float)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 0 < self.gamma < torch.inf:
+            raise UsageError(f"`gamma` must be over 0, got {self.gamma}")
+
+    def score(self, layer: Layer) -> Tensor:
+        return (layer.grad / self.gamma - layer.weight) * layer.grad
+
+
 @pruning.register("dormant", needs=("grad",))
 @dataclass(frozen=True)
 class Dormant:

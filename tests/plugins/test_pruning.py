@@ -20,6 +20,7 @@ SCORES = {
     "SNIP": lambda w, g: (w * g).abs(),
     "taylor": lambda w, g: (w * g) ** 2,
 }
+OVER_STEPS = SCORES | {"bilevel": lambda w, g: (g - w) * g}
 
 
 def host_of(seed=0, rate=0.3, density=0.5, **settings):
@@ -124,7 +125,9 @@ def test_mest_is_magnitude_at_lam_0_and_the_gradient_at_large_lam():
     assert torch.equal(host.generator.get_state(), state)  # asking changes nothing
 
 
-@pytest.mark.parametrize("rule, score", [("RunningMagnitude", "magnitude"), ("RunningSNIP", "SNIP")])
+@pytest.mark.parametrize(
+    "rule, score", [("RunningMagnitude", "magnitude"), ("RunningSNIP", "SNIP"), ("bilevel", "bilevel")]
+)
 def test_running_averages_follow_their_equation_and_begin_anew_with_a_weight(rule, score):
     model, host = host_of(rate=0.2, death_mode=rule, growth_mode="gradient", options={"pruning": {"beta": 0.8}})
     host.prune_every_k_steps = 3
@@ -145,7 +148,7 @@ def test_running_averages_follow_their_equation_and_begin_anew_with_a_weight(rul
                 assert (host.state_dict()["average"][name][host.masks[name] & ~kept[name]] == 0).all()
                 expected[name] = host.state_dict()["average"][name].clone()
                 continue
-            value = SCORES[score](now, grads[name]) * host.masks[name]
+            value = OVER_STEPS[score](now, grads[name]) * host.masks[name]
             expected[name] = value if name not in expected else 0.8 * expected[name] + 0.2 * value
             torch.testing.assert_close(host.state_dict()["average"][name], expected[name], rtol=1e-12, atol=1e-15)
 
