@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from ..errors import UsageError
@@ -45,6 +45,17 @@ def blocks(grid: Any, source: str) -> list[Block]:
     return found
 
 
+def without(found: Sequence[Block], said: Iterable[str]) -> list[Block]:
+    """Blocks less the settings that a file says which inherits them: what it says goes before its base's grid."""
+    names = {"sparsity" if name == "density" else name for name in said}
+    kept: list[Block] = []
+    for block in found:
+        left = {name: some for name, some in block.items() if name not in names}
+        if left not in kept:
+            kept.append(left)
+    return kept if any(kept) else []
+
+
 def varied(found: Sequence[Block], apart: Sequence[str]) -> list[str]:
     """The settings, but those `apart`, in which runs of the blocks differ, in the blocks' order."""
     names = [name for name in dict.fromkeys(name for block in found for name in block) if name not in apart]
@@ -67,7 +78,7 @@ def single(found: Sequence[Block], given: Mapping[str, Any], source: str) -> dic
         raise UsageError(f"{source} is a grid of several blocks of runs: it is run by compare")
     said = {*given, *(["sparsity"] if "density" in given else [])}
     values = {name: some for name, some in found[0].items() if name not in said}
-    if many := [name for name, some in values.items() if len(some) > 1]:
+    if many := [name for name, some in values.items() if len(some) > 1 and name != "seed"]:  # whose first one is it
         flags = ", ".join(f"`{'density' if name == 'sparsity' else name}`" for name in many)
         raise UsageError(f"{source} is a grid of runs: compare runs them all; for one of them choose {flags}")
     return as_settings({name: some[0] for name, some in values.items()})

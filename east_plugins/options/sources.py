@@ -215,10 +215,12 @@ def read(path: str | Path) -> File:
     blocks: list[grid.Block] = []
     files = inherit.chain(path)
     for i, (name, content) in enumerate(files):
-        if "grid" in content:
+        if own := "grid" in content:
             inner = content.pop("grid")
             blocks = [] if inner is None else grid.blocks(inner, f"--config {name}")
         said = _parsed(name, content, _names(files[: i + 1]))
+        if not own:
+            blocks = grid.without(blocks, said)
         empty = {str(key).replace("-", "_") for key, value in content.items() if value is None}
         values = {**over({k: v for k, v in values.items() if k not in empty}, said), **said}
         keys = {str(key).replace("-", "_"): str(key) for key in content}
