@@ -265,13 +265,13 @@ CONFIGS = {
     ),
     "nesterov: maybe\n": "--config c.yaml: nesterov must be true or false, got 'maybe'",
     "epochs: true\n": "--config c.yaml: epochs must be a whole number, got true",
-    "epochs: -1\n": "--epochs must be at least 1, got -1",
+    "epochs: -1\n": "epochs of c.yaml must be at least 1, got -1",
     "engine: fast\n": "--config c.yaml: --engine: invalid choice: 'fast'",
     "lr_drops: a,b\n": "--config c.yaml: --lr-drops: must be epochs joined by commas, or none, got 'a,b'",
     "lr_drops: [1, x]\n": "--config c.yaml: --lr-drops: must be epochs joined by commas, or none, got '1,x'",
     "lr_drops: {a: 1}\n": "--config c.yaml: --lr-drops: must be epochs joined by commas, or none, got \"{'a': 1}\"",
-    "lr: .inf\n": "--lr must be in [0, 1000000.0], got inf",
-    "density: .nan\n": "--density must be in (0, 1], got nan",
+    "lr: .inf\n": "lr of c.yaml must be in [0, 1000000.0], got inf",
+    "density: .nan\n": "density of c.yaml must be in (0, 1], got nan",
     "seed: 2020-01-01\n": "--config c.yaml: --seed: invalid int value: '2020-01-01'",
     "epochs: 1e30\n": "--config c.yaml: --epochs: invalid int value: '1e30'",
     "a: &a [1,1]\nb: &b [*a,*a]\nc: [*b,*b]\n": "--config c.yaml repeats parts of itself by * and &: write them out",
@@ -279,7 +279,7 @@ CONFIGS = {
     "methods: rigl,set\n": "--config c.yaml: unknown key 'methods'; did you mean",
     "east_dyrelu: true\neast_dyrelu_end: soon\n": "--config c.yaml: --east-dyrelu-end: invalid float value: 'soon'",
     "data_dir: 3\n": (
-        "--data-dir 3 is not read by --data digits; --data that reads a folder: mnist, fashionmnist, cifar10, cifar10"
+        "data_dir of c.yaml 3 is not read by --data digits; --data that reads a folder: mnist, fashionmnist, cifar10, cifar10"
     ),
     "1: 2\n": "--config c.yaml: unknown key '1'",
 }

@@ -172,10 +172,10 @@ def _for_method(file: dict[str, Any], given: Mapping[str, Any]) -> dict[str, Any
         return file
     old, new = (_all_of(name) for name in (file["method"], given["method"]))
     differ = {name for name in (*old, *new) if old.get(name) != new.get(name)}
-    if "density_schedule" in differ:
-        differ.add("density_schedule_initial")
     off = tuple(f"{name}_" for name in old.keys() - new.keys() - given.keys() if name.startswith("east_"))
-    return {name: value for name, value in file.items() if name not in differ and not name.startswith(off)}
+    plugins = tuple(slot.prefix for slot in plugged.SLOTS if slot.setting in differ)
+    others = {name for name in file if name.startswith(plugins) and name not in _FIELDS | _EAST}
+    return {name: v for name, v in file.items() if name not in differ | others and not name.startswith(off)}
 
 
 def _for_plugins(file: dict[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
