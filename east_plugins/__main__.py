@@ -18,6 +18,7 @@ COMMANDS = {
     "train": "train one network with the built-in trainer",
     "compare": "train several methods and make a table and a plot",
     "cycles": "train in cycles, or prune and train in turn: SCULPT-ing, IMP, WR, LRR",
+    "study": "which prune criterion, over growths, densities, update periods and seeds",
     "info": "parameters, memory and MACs of a network; no training",
     "analyze": "topology, gradient flow and activations of finished runs",
     "export": "write a run's sparse network as a deployable file",

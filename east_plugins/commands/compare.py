@@ -35,15 +35,7 @@ def main(argv: Sequence[str]) -> int:
         "--sparsities", metavar="S,S", help="shares of weights that are zero (default: of the grid, else 0.999,0.9995)"
     )
     group.add_argument("--seeds", metavar="N,N", help="one run for each seed (default: of the grid, else 0)")
-    group.add_argument(
-        "--jobs", type=int, metavar="N", help="runs at a time (default: 1; with Ray as many as it has room for)"
-    )
-    group.add_argument(
-        "--backend",
-        choices=["local", "ray"],
-        default="local",
-        help="processes of this machine, spread over its GPUs, or tasks of a Ray cluster (default: local)",
-    )
+    parsing.add_backend(group)
     group.add_argument("--out", required=True, type=flags.folder, metavar="DIR", help="folder of runs, table and plot")
     sources.add_flags(parser)
     for name in ("--method", "--density", "--seed"):  # in the plural here

@@ -40,3 +40,16 @@ def parser(command: str, description: str, *examples: str, late: flags.Late | No
         formatter_class=argparse.RawDescriptionHelpFormatter,
         late=late,
     )
+
+
+def add_backend(group: argparse._ArgumentGroup) -> None:
+    """Add `--jobs` and `--backend`: where many runs are trained."""
+    group.add_argument(
+        "--jobs", type=int, metavar="N", help="runs at a time (default: 1; with Ray as many as it has room for)"
+    )
+    group.add_argument(
+        "--backend",
+        choices=["local", "ray"],
+        default="local",
+        help="processes of this machine, spread over its GPUs, or tasks of a Ray cluster (default: local)",
+    )

@@ -369,7 +369,7 @@ class Masking(Books, Pace):
         self, death_mode: str | Callable, death_rate: float, prune_scope: str = "local", **options: Any
     ) -> dict[str, Tensor]:
         """Masks of the weights that a prune rule would remove now, were `death_rate` of them replaced; nothing changes,
-        the host's random state included. Rules that need the gradient find it as `truncate_weights` does.
+        the host's random state included. Rules that need the gradient see that of the last backward pass.
 
         Raises `UsageError` for a rule that averages over steps and is not the host's own.
         """
@@ -377,8 +377,6 @@ class Masking(Books, Pace):
         rules = RuleSet(growth, death_mode, "none", prune_scope, rounding, self, {"pruning": options})
         if "average" in rules.needs and rules.names[1] != self.death_mode:
             raise UsageError(f"`death_mode` {rules.names[1]} averages over steps: allowed is where the host follows it")
-        if "grad" in rules.needs:
-            self._stepping.check_dense(self.engine)
         generator = torch.Generator().set_state(self.generator.get_state())
         return self._updates.removed(rules, death_rate, generator)
 

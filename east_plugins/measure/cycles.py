@@ -108,7 +108,7 @@ def picture(rows: Sequence[dict[str, Any]], path: Path, title: str) -> None:
         style = {**figures.drawn(i), "markersize": 3}
         right.plot(places, row["train_line"], label=f"{i + 1} to {i + 2}", **style)
         right.plot(places, row["test_line"], **{**style, "linestyle": "--"})
-    right.set(xlabel="from one stage's end (0) to the next one's (1)", ylabel="loss: training -, test - -")
+    right.set(xlabel="between the ends of two stages", ylabel="loss: training -, test - -")
     if len(rows) > 1:
         right.legend(frameon=False, title="stages", fontsize=8)
     figures.save(figure, path, "`out`")

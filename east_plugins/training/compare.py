@@ -52,13 +52,43 @@ def compare(
         settings: flags of `train` by name, such as `epochs=12` or `config="digits.yaml"`.
     """
     out = Path(out)
+    settings.setdefault("threads", threads(workers, backend))
+    todo = jobs(methods, sparsities, seeds, out, settings)
+    summaries = train_all(
+        todo, out, workers=workers, backend=backend, finished=finished, say=say,
+        written=lambda summaries: write(out, todo, summaries),
+    )  # fmt: skip
+    return write(out, todo, summaries)
+
+
+def threads(workers: int | None, backend: str = "local") -> int:
+    """Threads of each of so many runs at a time: as OMP_NUM_THREADS says, else the machine's cores shared out; raises
+    `UsageError` where there is no such backend, or it cannot be used."""
     check_size("jobs", workers, "`workers`")
     if backend not in BACKENDS:
         raise UsageError(f"`backend` must be one of {', '.join(BACKENDS)}, got {backend!r}")
     if backend == "ray":
         rays.check()
-    settings.setdefault("threads", _threads(workers or (1 if backend == "local" else os.cpu_count() or 1)))
-    todo = jobs(methods, sparsities, seeds, out, settings)
+    said = os.environ.get("OMP_NUM_THREADS", "")
+    at_once = workers or (1 if backend == "local" else os.cpu_count() or 1)
+    return int(said) if said.isdecimal() and int(said) else max(1, (os.cpu_count() or 1) // at_once)
+
+
+def train_all(
+    todo: Sequence[Job],
+    out: Path,
+    *,
+    workers: int | None = None,
+    backend: str = "local",
+    finished: Callable[[Job, dict[str, Any], int, int], None] | None = None,
+    say: Callable[[str], None] | None = None,
+    written: Callable[[Sequence[tuple[Job, dict[str, Any]]]], object] = lambda summaries: None,
+    report: str = "table.md",
+) -> list[tuple[Job, dict[str, Any]]]:
+    """Train every job that is not finished, in folders of `out`; returns all with their summaries.
+
+    `written` is called with what is finished after every run, and writes `report`; the rest is as of `compare`.
+    """
     for folder in (out, *(job.out for job in todo)):
         runs.check_folder(folder)
     figures.figure(1, 1)  # a missing extra is said before hours of work
@@ -78,21 +108,15 @@ def compare(
                     say(f"failed    {failed[-1]}")
                     continue
                 summaries.append((job, result))
-                write(out, todo, summaries)
+                written(summaries)
                 if finished is not None:
                     finished(job, result, len(summaries), len(todo))
     except (KeyboardInterrupt, Interrupted):
         raise Interrupted(f"stopped after {len(summaries)} of {len(todo)} runs; the same command goes on") from None
     if failed:
-        told = f"the others are in {out / 'table.md'}; " if summaries else ""
+        told = f"the others are in {out / report}; " if summaries else ""
         raise EastError(f"{len(failed)} of {len(todo)} runs failed; {told}the same command tries again; {failed[0]}")
-    return write(out, todo, summaries)
-
-
-def _threads(workers: int) -> int:
-    """Threads of a run: as OMP_NUM_THREADS says, else the machine's cores shared out."""
-    said = os.environ.get("OMP_NUM_THREADS", "")
-    return int(said) if said.isdecimal() and int(said) else max(1, (os.cpu_count() or 1) // workers)
+    return summaries
 
 
 def check(todo: Sequence[Job], say: Callable[[str], None] = lambda line: None) -> list[str]:

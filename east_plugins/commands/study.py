@@ -1,0 +1,87 @@
+"""The command `study`: which prune criterion is best, and how alike they are."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from ..errors import UsageError
+from ..options import flags, sources
+from . import parsing
+
+if TYPE_CHECKING:
+    from ..training.jobs import Job
+
+CRITERIA = "magnitude,SET,MEST,rsensitivity,SNIP,random,static"
+
+
+def main(argv: Sequence[str]) -> int:
+    """Train every cell of the study, then print and write its tables and pictures; returns the exit code."""
+    parser = parsing.parser(
+        "study",
+        "Train every prune criterion with every growth, density, update period and seed; write accuracies, average "
+        "ranks with their critical distance, ITOP rates and similarities as tables and pictures. The same command "
+        "again goes on where it was stopped.",
+        "study --model mlp --epochs 20 --densities 0.05,0.2 --periods 100 --seeds 0,1,2 --out runs/study",
+        "study --criteria magnitude,SNIP --growths gradient --data cifar10 --data-dir DIR --out runs/snip",
+        late=_late,
+    )
+    group = parser.add_argument_group("study")
+    criteria = f"prune rules; static and dense are baselines (default: {CRITERIA})"
+    group.add_argument("--criteria", default=CRITERIA, metavar="C,C", help=criteria)
+    group.add_argument("--growths", default="random,gradient", metavar="G,G", help="growth rules (default: both)")
+    group.add_argument("--densities", default="0.05,0.1,0.2", metavar="D,D", help="default: 0.05,0.1,0.2")
+    group.add_argument("--periods", default="800", metavar="N,N", help="steps between updates (default: 800)")
+    group.add_argument("--seeds", default="0,1,2,3,4", metavar="N,N", help="one run for each (default: 0,1,2,3,4)")
+    group.add_argument("--low", type=float, default=0.2, metavar="X", help="largest low density (default: 0.2)")
+    parsing.add_backend(group)
+    group.add_argument("--out", required=True, type=flags.folder, metavar="DIR", help="folder of runs and report")
+    sources.add_flags(parser)
+    for name in ("--death", "--growth", "--density", "--update-frequency", "--seed"):  # in the plural here
+        flags.option_strings(parser)[name].help = argparse.SUPPRESS
+    given = vars(parser.parse_args(argv))
+    out, workers, backend, low = (given.pop(name) for name in ("out", "jobs", "backend", "low"))
+    flags.check_size("jobs", workers, "--jobs")
+    lists = {name: _list(f"--{name}", given.pop(name), kind) for name, kind in
+             (("criteria", str), ("growths", str), ("densities", float), ("periods", int), ("seeds", int))}  # fmt: skip
+    from ..measure import study_report  # PyTorch is not waited for where a flag is wrong
+    from ..training import study
+
+    done = study.run(
+        **lists, out=out, workers=workers, backend=backend, say=_say, finished=_tell,
+        write=lambda done: study_report.write_runs(out, done), **given,
+    )  # fmt: skip
+    options = done[0][0].job.options
+    title = f"{options.model} on {options.data}, {options.epochs} epochs"
+    print(study_report.write(out, done, low, title, _say), end="")
+    print(f"report: {out / 'study.md'}   runs: {out / 'study.csv'}")
+    return 0
+
+
+def _late(parser: argparse.ArgumentParser, known: argparse.Namespace, unknown: Sequence[str]) -> None:
+    """The options of the criteria, and those of the other plugins that are named."""
+    sources.late(parser, known, unknown)
+    if any(flag.replace("_", "-").startswith("--death-") for flag in unknown):
+        from ..training.study import options_of
+
+        there, group = flags.option_strings(parser), parser.add_argument_group("options of the criteria")
+        for name, field in options_of(known.criteria.split(",")).items():
+            if f"--{name.replace('_', '-')}" not in there:
+                flags.add_flag(group, name, field)
+
+
+def _say(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
+
+
+def _tell(job: Job, summary: dict[str, Any], number: int, count: int) -> None:
+    _say(f"{number:>4}/{count}  {job.out.name}  test {summary['test_accuracy']:.2%}  {summary['seconds']:.0f} s")
+
+
+def _list(flag: str, text: str, kind: type) -> list[Any]:
+    try:
+        return [kind(part) for part in text.split(",")]
+    except ValueError:
+        raise UsageError(f"{flag} must be numbers joined by commas, got {text!r}") from None
