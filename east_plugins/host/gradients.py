@@ -84,6 +84,34 @@ def accumulate(averages: MutableMapping[str, Tensor], grads: Mapping[str, Tensor
         torch._foreach_add_(present, list(grads.values()))
 
 
+class MeanGradients:
+    """Means of the dense gradients of the last steps before a topology update.
+
+    Attributes:
+        window: of how many steps; 0 where nobody needs them.
+        count: gradients taken since the last update.
+    """
+
+    def __init__(self, means: MutableMapping[str, Tensor], window: int):
+        self._means, self.window, self.count = means, window, 0
+
+    @torch.no_grad()
+    def take(self, grads: Mapping[str, Tensor], skip_infinite: bool) -> None:
+        """Take a step's gradients into the means; not those that a scaler skips."""
+        if skip_infinite and not all_finite(grads.values()):
+            return
+        self.count += 1
+        for name, grad in grads.items():
+            if name in self._means:
+                self._means[name].lerp_(grad, 1 / self.count)
+            else:
+                self._means[name] = grad.clone()
+
+    def clear(self) -> None:
+        self.count = 0
+        self._means.clear()
+
+
 def all_finite(grads: Collection[Tensor]) -> bool:
     """Whether no entry is infinite or NaN; waits for the device."""
     return not grads or bool(torch.stack([grad.isfinite().all() for grad in grads]).all())

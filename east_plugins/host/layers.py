@@ -26,6 +26,9 @@ class MaskedWeight:
         fired: boolean, active at least once so far.
         momentum: dense running average of gradients, where a rule needs it.
         average: running average of the prune rule's scores, zero where inactive, where that rule keeps one.
+        mean_grad: mean of the dense gradients since a window before the next update began, where a rule needs it.
+        memory: values with, where inactive, those that weights had when they were active or at first, where a rule
+            needs them; up to date after `remember`.
         dropped: active weights that the last topology update dropped; None before the first.
     """
 
@@ -35,6 +38,8 @@ class MaskedWeight:
         self.fired = self._mask.clone()
         self.momentum: Tensor | None = None
         self.average: Tensor | None = None
+        self.mean_grad: Tensor | None = None
+        self.memory: Tensor | None = None
         self.dropped: int | None = None
         self._counted: tuple[Tensor, int, int] | None = None
         self._found: tuple[Tensor, int, Active] | None = None
@@ -101,11 +106,20 @@ class MaskedWeight:
         average = (none if average is None else distributed.mean(average)) if "momentum" in needs else None
         scores = self.average if "average" in needs else None
         scores = None if scores is None else distributed.mean(scores)
-        columns = (self._split(tensor) for tensor in (weight, self.mask, self.fired, grad, average, scores))
+        mean = self.mean_grad if self.mean_grad is not None or self.weight.grad is not None else none
+        mean = None if mean is None or "mean_grad" not in needs else distributed.mean(mean)
+        memory = self.memory if "memory" in needs else None
+        columns = map(self._split, (weight, self.mask, self.fired, grad, average, scores, mean, memory))
         return [
             Layer(key, each, mask, fired, generator, *rest)
             for key, each, mask, fired, *rest in zip(self.keys, *columns, strict=True)
         ]
+
+    @torch.no_grad()
+    def remember(self) -> None:
+        """Take the active values into the memory, where there is one."""
+        if self.memory is not None:
+            self.memory.copy_(torch.where(self.mask, self.weight, self.memory))
 
     @torch.no_grad()
     def follow(self, rule: Any, generator: torch.Generator) -> None:

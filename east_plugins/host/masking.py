@@ -18,11 +18,11 @@ from ..ops import distributed
 from ..ops.maskable import modules_of, unwrap
 from ..plugins.allocation.sample import Loss, Sample
 from ..plugins.protocols import HostPlugin, Moment, Structure
-from . import presets, structured
+from . import hooks, presets, structured
 from .books import Books
 from .budgets import Allocation
 from .choice import Exclude
-from .gradients import accumulate, all_finite
+from .gradients import MeanGradients, accumulate, all_finite
 from .layers import Column, MaskedWeight
 from .norms import gradient_norm
 from .optimizer_state import holds, momentum_factor, state_names
@@ -112,6 +112,7 @@ class Masking(Books, Pace):
         self.structure = structured.found(structure, self._options.get("structure"))
         structured.check(self.structure, redistribution_mode, prune_scope, keep_connected)
         self._bind_rules()
+        self._mean = MeanGradients(Column(self._records, "mean_grad"), self._rules.window)
 
         seed = torch.initial_seed() if seed is None else seed
         self.generator = torch.Generator().manual_seed(distributed.from_rank_0(seed) % 2**63)
@@ -122,6 +123,7 @@ class Masking(Books, Pace):
 
         # what add_module finds
         self.density, self.sparse_init = 0.0, ""
+        self.batches: Iterable[Sequence[Tensor]] | None = None  #: training batches, where the script gave some
         self.input_shape: tuple[int, ...] | None = None
         self._built: Updates | None = None
 
@@ -185,16 +187,19 @@ class Masking(Books, Pace):
         sample = None if batches is None else Sample(batches, loss)
         masks = start.masks(self.generator, sample)
         self.density, self.sparse_init = start.density, sparse_init
-        self.schedule, self.input_shape = start.schedule, start.shape
+        self.schedule, self.input_shape, self.batches = start.schedule, start.shape, batches
         self.modules, self._frozen = [module], start.frozen
         connected = (start.model, start.shape) if self.keep_connected and start.shape is not None else None
         self._built = Updates(self._records, start.allocation, start.final, self.generator, connected)
         for name, each in start.chosen.items():
             self._records[name] = MaskedWeight(name, each.weight, masks[name], each.blocks, each.uses)
+            if "memory" in self.needs:
+                self._records[name].memory = each.weight.detach().clone()
         if weight_init == "sparse-fan-in":
             sparse_fan_in(self.weights, self.masks, self.generator, modules_of(start.model))
         self.apply_mask()
         attend(self)
+        hooks.begin(self.plugins, self)
         logger.info("%s of %s weights active (density %g)", self.nonzeros, start.size, start.density)
 
     def remove_weight(self, name: str) -> None:
@@ -208,9 +213,9 @@ class Masking(Books, Pace):
 
     @property
     def dense_gradient_next(self) -> bool:
-        """Whether the next step has a topology update by a rule that scores with the dense gradient, or the script
-        reads it."""
-        return self.reads_dense_gradients or (self.dense_gradient_due and self._offered is None)
+        """Whether the next step's dense gradient is scored by a rule, or read by the script."""
+        scored = self.dense_gradient_due and self._offered is None
+        return self.reads_dense_gradients or scored or self._due_within(self._mean.window)
 
     @property
     def update_due(self) -> bool:
@@ -245,6 +250,12 @@ class Masking(Books, Pace):
         asked = self.target_nonzeros(step)
         return self.nonzeros == asked or (self.structure is not None and self.nonzeros < asked)
 
+    @property
+    def budgets(self) -> dict[str, int]:
+        """Active weights of every masked weight at the schedule's target."""
+        found = self._updates.budgets(self._updates.final / self._updates.size, self._updates.final)
+        return {name: sum(found[key] for key in record.keys) for name, record in self._records.items()}
+
     # ------------------------------------------------------------------ stepping
 
     def step(self, closure: Callable | None = None, *, scaler: Any = None):
@@ -275,11 +286,17 @@ class Masking(Books, Pace):
 
     def _prepared(self, due: bool, skip_infinite: bool) -> contextlib.AbstractContextManager:
         """Around the optimizer's step. `skip_infinite`: a scaler may skip it because of gradients that overflowed."""
-        self._track_momentum(skip_infinite)
+        self._track(skip_infinite)
+        hooks.before_step(self.plugins, self, self._stepping)
         keep = due and "grad" in self.needs and self._offered is None
         return self._stepping.prepared(keep, self.engine)
 
-    def _track_momentum(self, skip_infinite: bool) -> None:
+    def _track(self, skip_infinite: bool) -> None:
+        """Take the gradients into the averages that rules need."""
+        if self._due_within(self._mean.window):
+            dense = {} if self.engine is None else self.engine.dense_gradients()
+            dense = {name: grad for name, grad in dense.items() if name in self._records}
+            self._mean.take(self._stepping.gradients() | dense, skip_infinite)
         if "momentum" in self.needs:
             grads = self._stepping.gradients()
             if skip_infinite:
@@ -299,6 +316,7 @@ class Masking(Books, Pace):
             with self._stepping.dense_gradients(offered):
                 self.truncate_weights()
                 self.print_nonzero_counts()
+            self._mean.clear()
         if due or not self._compared:
             distributed.check_alike({name: record.active.flat for name, record in self._records.items()})
             self._compared = distributed.active()
@@ -315,6 +333,7 @@ class Masking(Books, Pace):
         if optimizer is self.optimizer and not self._in_step:
             self._stepped.check("optimizer", optimizer)
             self.packed.unpack()
+            hooks.before_step(self.plugins, self, self._stepping)
 
     def after_step_of(self, optimizer: torch.optim.Optimizer) -> None:
         """Called after it. A step of the host's own optimizer is taken as one of the host's, the update included;
@@ -326,7 +345,7 @@ class Masking(Books, Pace):
         due = self._due_next
         if due and "grad" in self.needs:
             self._stepping.keep_dense([], self.engine)
-        self._track_momentum(skip_infinite=False)
+        self._track(skip_infinite=False)
         self.apply_mask()
         self._finish(due, "optimizer")
 
@@ -416,7 +435,9 @@ class Masking(Books, Pace):
             "masks": dict(self.masks),
             "fired_masks": dict(self.fired_masks),
             "momentum": dict(Column(self._records, "momentum")),
-            "average": dict(Column(self._records, "average")),
+            **{kept: dict(Column(self._records, kept)) for kept in ("average", "mean_grad", "memory")},
+            "averaged": self._mean.count,
+            "plugins": hooks.states(self.plugins),
             "steps": self.steps,
             "put_off": self._put_off,
             "death_rate": self.prune_rate,
@@ -440,7 +461,7 @@ class Masking(Books, Pace):
         for name, record in self._records.items():
             record.mask.copy_(masks[name])
             record.fired.copy_(fired.get(name, record.mask))
-            for kept in ("momentum", "average"):
+            for kept in ("momentum", "average", "mean_grad", "memory"):
                 value = state.get(kept, {}).get(name)
                 setattr(record, kept, None if value is None else value.to(record.weight.device, copy=True))
         if state.get("decay") is not None:
@@ -451,19 +472,21 @@ class Masking(Books, Pace):
         self.allocation.take(state.get("drawn"))
         self.steps, self._put_off = state["steps"], state.get("put_off", False)
         self.prune_rate = state.get("death_rate", self.prune_rate)
+        self._mean.count = state.get("averaged", 0)
+        hooks.restore(self.plugins, state.get("plugins", ()))
         if "generator" in state:
             self.generator.set_state(state["generator"].cpu())
         self.apply_mask()
 
     def __getstate__(self) -> dict[str, Any]:
         self.packed.unpack()
-        left_out = ("_rules", "_stepping", "_stepped", "engine", "_offered")
+        left_out = ("_rules", "_stepping", "_stepped", "engine", "batches", "_offered")
         return {name: value for name, value in vars(self).items() if name not in left_out} | {"_by": self.optimizer}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         optimizer = state.pop("_by")
         vars(self).update(state)
-        self.engine, self._stepped, self._offered = None, Stepped(), None
+        self.engine, self._stepped, self._offered, self.batches = None, Stepped(), None, None
         self._bind_rules()
         self._stepping = Stepping(optimizer, self._records)
         self._stepping.left()

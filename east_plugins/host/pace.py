@@ -58,9 +58,16 @@ class Pace:
     def _due_next(self) -> bool:
         return self._put_off or self.schedule.due(self.steps + 1)
 
+    def _due_within(self, window: int) -> bool:
+        """Whether one of the next `window` steps has a topology update."""
+        return window > 0 and (self._due_next or any(self.schedule.due(self.steps + i) for i in range(2, window + 1)))
+
     @property
     def _rate_now(self) -> float:
         """The prune rate of an update now; 0 where the schedule's updates replace nothing."""
+        own = getattr(self.schedule, "rate", None)
+        if own is not None and (rate := own(self.steps)) is not None:
+            return rate
         replaces = self._replaces
         return self.prune_rate if (replaces(self.steps) if callable(replaces) else replaces) else 0.0
 

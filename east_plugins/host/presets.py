@@ -112,7 +112,7 @@ def hosted(
         prune_rounding=resolved.prune_rounding,
         keep_connected=resolved.keep_connected,
         seed=resolved.seed,
-        plugins=plugins,
+        plugins=[*plugins, *resolved.companions()],
         options={slot.kind: slot.values(resolved.plugin_options) for slot in plugged.SLOTS},
     )
     host.add_module(

@@ -31,8 +31,9 @@ class RuleSet:
 
     Attributes:
         names: of the growth, prune and redistribution rule.
-        needs: what they read of a layer beside weight and mask: "grad", "momentum", "average".
+        needs: what they read of a layer beside weight and mask: "grad", "momentum", "mean_grad", "memory", "average".
         pruner: the prune rule as it was given, or found by its name.
+        window: steps, up to an update, whose mean gradient they need; 0 where they need none.
     """
 
     def __init__(
@@ -56,6 +57,8 @@ class RuleSet:
         self.names = grow.name, drop.name, share.name if share else "none"
         self.needs = grow.needs | drop.needs | (share.needs if share else set())
         self.pruner = drop.plugin
+        of_means = [rule.plugin for rule in (grow, drop, share) if rule and "mean_grad" in rule.needs]
+        self.window = max((getattr(plugin, "batches", 1) for plugin in of_means), default=0)
         over_layers = getattr(drop.plugin, "over_layers", None)
         whole = ROUNDINGS[rounding]
         self.rules = topology.Rules(grow.rule, drop.rule, share and share.rule, scope, whole, over_layers)
@@ -115,6 +118,8 @@ class Updates:
         stepping.mask_what_others_wrote()
         records = list(self.records.values())
         before = [record.active for record in records]
+        for record in records:
+            record.remember()
         masks = {record.name: record.mask.clone() for record in records} if self.connected else {}
         changes = self._changes(rules.needs, budgets, rate)
         every = [change for parts in changes for change in parts]
@@ -133,6 +138,8 @@ class Updates:
             average = [] if record.average is None else [record.average]
             for tensor in (record.weight.detach(), *stepping.all_states(record.weight), *average):
                 active.drop(tensor, dropped) if off is None else tensor.masked_fill_(off, 0)
+            if record.memory is not None:
+                record.weight.copy_(torch.where(record.mask, record.memory, 0))
             stepping.packed.move(record.weight, record.active)
         stepping.masked.follow({record.name: record.mask for record in records})
         stepping.left(updated=True)
@@ -174,5 +181,7 @@ class Updates:
 
 
 def wanted(schedule: Any, step: int, final: int, room: int) -> int:
-    """Active weights at a step, from those at the schedule's target and what there is room for."""
+    """Active weights at a step, from those at the schedule's target and what there is room for; all at density 1."""
+    if schedule.density(step) == 1:
+        return room
     return min(round(final * (schedule.density(step) / schedule.target)), room)

@@ -12,7 +12,7 @@ from typing import Any
 from ..errors import UnknownNameError, UsageError
 from ..plugins import registry
 from ..plugins.density import check_density
-from ..plugins.protocols import DensitySchedule, RateDecay
+from ..plugins.protocols import Companion, DensitySchedule, RateDecay
 from . import east, methods, plugged
 from .east import EastOptions, ResolvedEast, scaled_steps
 from .flags import check_choices, check_size, option
@@ -39,7 +39,7 @@ def _whole_epochs(text: str) -> list[int]:
 _DEFAULTS: dict[str, Any] = dict(
     density=0.001, growth="random", death="magnitude", redistribution="none", structure="none", death_rate=0.5,
     sparse_init="ERK", weight_init="default", prune_scope="local", prune_rounding="floor", last_update=False,
-    density_schedule="constant",
+    density_schedule="constant", decay_schedule="cosine",
     dctps=False, validation_split="stratified", crop_padding="zero", bias_free_head=False, tested="best",
     nesterov=False,
 )  # fmt: skip
@@ -99,7 +99,9 @@ class Config:
         None, "share of the active weights replaced in an update (default: 0.5)", type=float
     )
     fix: bool = option(False, "the topology is never updated, as with ITOP's flag of that name")
-    decay_schedule: str = option("cosine", "decay of the death rate: cosine, linear, constant or stepped")
+    decay_schedule: str | None = option(
+        None, "decay of the death rate: cosine, linear, constant, stepped or elastic (default: cosine)"
+    )
     update_frequency: int | None = option(
         None, "steps between topology updates (default: SET 1500, RigL and EAST 4000 of 250 epochs' steps)", type=int,
         counted=True,
@@ -130,6 +132,9 @@ class Config:
         "dense", "how DCTpS layers are computed; auto measures, dense repeats bit for bit",
         choices=["auto", "dense", "fft", "separable"],
     )  # fmt: skip
+    companion: str | None = option(
+        None, "what is done beside dropping and growing, see `plugins` (default: of the method)", metavar="NAME"
+    )
     transform: str | None = option(None, "model transform of your own, module:function", metavar="NAME")
 
     epochs: int = option(250, "passes over the training images", type=int)
@@ -260,7 +265,10 @@ class Config:
                 raise UsageError(f"`lr_drops` must be epochs from 0 on, got {epoch}")
 
     def _check_names(self) -> None:
-        named = ("growth", "death", "redistribution", "structure", "sparse_init", "density_schedule", "decay_schedule")
+        named = (
+            "growth", "death", "redistribution", "structure", "sparse_init", "density_schedule", "decay_schedule",
+            "companion",
+        )  # fmt: skip
         for name in named:
             plugged.BY_SETTING[name].entry(getattr(self, name))
         if self.density_schedule == "cyclic":
@@ -291,7 +299,7 @@ class Config:
         """The plugin of each kind that is asked for, by the method where not by hand."""
         named = {name: getattr(self, name) for name in plugged.BY_SETTING if not name.startswith("east_")}
         asked = {name: value for name, value in named.items() if value is not None}
-        known = {"sparse_init": "ERK", **self._recipe(), **self.preset.settings}
+        known = {"sparse_init": "ERK", "decay_schedule": "cosine", **self._recipe(), **self.preset.settings}
         return {**known, **asked, "east_dyrelu_type": self.east.dyrelu_type}
 
     def _recipe(self) -> dict[str, Any]:
@@ -339,6 +347,7 @@ class Config:
         values["plugin_options"] = self._resolve_options(values)
         found = Resolved(**values, steps_per_epoch=steps_per_epoch)
         found.schedule()
+        found.companions()
         found.rate_decay()
         return found
 
@@ -382,6 +391,7 @@ class Resolved(Config):
     weight_init: str
     prune_scope: str
     density_schedule: str
+    decay_schedule: str
     dctps: bool
     validation_split: str
     crop_padding: str
@@ -432,6 +442,16 @@ class Resolved(Config):
             return make(self.death_rate, self.steps)
         except UsageError as error:
             raise UsageError(plugged.rename(str(error), options, "decay_schedule_")) from error
+
+    def companions(self) -> list[Companion]:
+        """The plugin that the method brings along for its host, new; none for most."""
+        if self.companion is None:
+            return []
+        options = self.options_of("companion")
+        try:
+            return [registry.companion.bound(self.companion, options)(self.steps)]
+        except UsageError as error:
+            raise UsageError(plugged.rename(str(error), options, "companion_")) from error
 
     def options_of(self, setting: str) -> dict[str, Any]:
         """The options of the plugin that a setting names, under the plugin's own names."""

@@ -55,13 +55,42 @@ METHODS: dict[str, Preset] = {
         update=352,
     ),
     "gmp": Preset(
-        "Zhu and Gupta 2017",
-        dict(_RIGL, death_rate=0.0, density_schedule="gradual", density_schedule_initial=1.0),
+        "Zhu and Gupta 2017: every layer to the same density, nothing grows",
+        dict(
+            growth="random",
+            death="magnitude",
+            death_rate=0.0,
+            sparse_init="uniform",
+            density_schedule="gradual",
+            density_schedule_initial=1.0,
+        ),
         update=1000,
     ),
     "granet": Preset(
-        "Liu et al. 2021",
-        dict(_RIGL, prune_scope="global", density_schedule="gradual"),
+        "Liu et al. 2021, Algorithm 1; from half of the weights, up to epoch 110 of 160",
+        dict(_RIGL, prune_scope="global", density_schedule="gradual", density_schedule_until=0.6875),
+        update=1000,
+    ),
+    "mest": Preset(
+        "Yuan et al. 2021: MEST with elastic mutation; every 5 of 160 epochs",
+        dict(growth="random", death="MEST", death_rate=0.2, decay_schedule="elastic"),
+        update=2750,
+    ),
+    "topkast": Preset(
+        "Jayakumar et al. 2020; sets chosen anew every 100 steps",
+        dict(
+            growth="memory",
+            death="magnitude",
+            death_rate=1.0,
+            decay_schedule="constant",
+            density_schedule="topkast",
+            companion="topkast",
+        ),
+        update=100,
+    ),
+    "suptickets": Preset(
+        "Yin et al. 2022: tickets of RigL",
+        dict(_RIGL, density_schedule="suptickets", companion="suptickets", tested="last", last_update=False),
         update=1000,
     ),
     "srigl": Preset(

@@ -47,6 +47,7 @@ SLOTS = (
     Slot("density_schedule", "density"),
     Slot("decay_schedule", "rate"),
     Slot("transform", "transform"),
+    Slot("companion", "companion"),
     Slot("east_dyrelu_type", "activation"),
 )
 BY_SETTING = {slot.setting: slot for slot in SLOTS}

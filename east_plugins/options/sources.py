@@ -162,7 +162,7 @@ def _chosen(given: Mapping[str, Any]) -> dict[str, str | None]:
     """Setting to name of the plugins that flags, or a file's keys, name themselves or by their method."""
     preset = methods.preset(str(given.get("method", Config.method)), given.get("dctps"))
     named = {name: given[name] for name in plugged.BY_SETTING if name in given}
-    return {"decay_schedule": Config.decay_schedule, **preset.settings, **named}
+    return {"decay_schedule": "cosine", **preset.settings, **named}
 
 
 def _for_method(file: dict[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:

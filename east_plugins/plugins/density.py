@@ -193,7 +193,8 @@ class Gradual:
     target: float
     initial: float = option(0.5, "density at the beginning", type=float)
     start: int = option(0, "step at which the fall begins", type=int)
-    stop: int | None = option(None, "step at which it ends (default: half of the run)", type=int)
+    stop: int | None = option(None, "step at which it ends (default: `until`)", type=int)
+    until: float = option(0.5, "where it ends, as a share of the run", type=float)
     frequency: int | None = None
     end: float = math.inf
 
@@ -201,13 +202,15 @@ class Gradual:
         check_density(self.target)
         check_density(self.initial, "initial")
         _check_frequency(self.frequency)
+        if not 0 < self.until < 1:
+            raise UsageError(f"`until` must be over 0 and below 1, got {self.until}")
         if not 0 <= self.start < self.last < self.end:
             raise UsageError(f"gradual pruning must run inside training: {self.start} to {self.last} of {self.end:g}")
 
     @property
     def last(self) -> int:
         """Step at which the density reaches the target."""
-        return _half_way(self.stop, self.end)
+        return _part_way(self.stop, self.end, self.until)
 
     def density(self, step: int) -> float:
         left = 1 - min(max((step - self.start) / (self.last - self.start), 0.0), 1.0)
@@ -234,12 +237,12 @@ class OneShot:
     def __post_init__(self) -> None:
         check_density(self.target)
         check_density(self.initial, "initial")
-        _half_way(self.stop, self.end)
+        _part_way(self.stop, self.end)
 
     @property
     def last(self) -> int:
         """Step at which the density falls."""
-        return _half_way(self.stop, self.end)
+        return _part_way(self.stop, self.end)
 
     def density(self, step: int) -> float:
         return self.initial if step < self.last else self.target
@@ -248,13 +251,104 @@ class OneShot:
         return step == self.last
 
 
-def _half_way(stop: int | None, end: float) -> int:
-    """`stop`, or half of the run; raises `UsageError` where the run has no end to take half of."""
+@registry.register("topkast")
+@dataclass(frozen=True)
+class BackwardSet:
+    """The density of Top-KAST's backward set, `ratio` times the target, up to the run's last step but one, after which
+    the forward set alone is left (Jayakumar et al. 2020; published pairs such as 20 % and 10 % have ratio 2)."""
+
+    target: float
+    ratio: float = option(2.0, "weights that get gradients, for each one in passes", type=float)
+    frequency: int | None = None
+    end: float = math.inf
+
+    def __post_init__(self) -> None:
+        check_density(self.target)
+        _check_frequency(self.frequency)
+        if not 1 <= self.ratio < math.inf:
+            raise UsageError(f"`ratio` must be at least 1, got {self.ratio}")
+        _check_end(self.end, 2)
+
+    @property
+    def last(self) -> int:
+        """Step after which the density is the target."""
+        return int(self.end) - 1
+
+    def density(self, step: int) -> float:
+        return self.target if step >= self.last else min(1.0, self.ratio * self.target)
+
+    def due(self, step: int) -> bool:
+        return step == self.last or (self.frequency is not None and 0 < step < self.last and step % self.frequency == 0)
+
+
+@registry.register("suptickets")
+@dataclass(frozen=True)
+class Tickets:
+    """Constant density; in the last `share` of the run one exploration at the start of each of `tickets` cycles, none
+    else (Sup-tickets, Yin et al. 2022; published for CIFAR: three cycles of 8 epochs in the last tenth of 250)."""
+
+    target: float
+    share: float = option(0.1, "share of the run that makes tickets, its last", type=float)
+    tickets: int = option(3, "cycles, each of which makes one", type=int)
+    explore: float = option(0.5, "share of the active weights replaced at the start of a cycle", type=float)
+    frequency: int | None = None
+    end: float = math.inf
+
+    def __post_init__(self) -> None:
+        check_density(self.target)
+        _check_frequency(self.frequency)
+        allowed = (
+            ("share", 0 < self.share < 1, "over 0 and below 1"),
+            ("tickets", self.tickets >= 1, "at least 1"),
+            ("explore", 0 <= self.explore <= 1, "in [0, 1]"),
+        )
+        for name, good, what in allowed:
+            if not good:
+                raise UsageError(f"`{name}` must be {what}, got {getattr(self, name)}")
+        _check_end(self.end, 1)
+        bounds = self.bounds_of(int(self.end))
+        if bounds[0] < 1 or any(after - before < 2 for before, after in zip(bounds, bounds[1:], strict=False)):
+            raise UsageError(
+                f"`tickets` {self.tickets} in the last {self.share:g} of {self.end:g} steps: allowed are cycles of at "
+                "least two steps"
+            )
+
+    def bounds_of(self, steps: int) -> list[int]:
+        """The step before the first cycle, and the last one of each, in a run of so many steps."""
+        length = self.share * steps / self.tickets
+        return [steps - round(length * left) for left in range(self.tickets, -1, -1)]
+
+    @property
+    def _starts(self) -> list[int]:
+        """First steps of the cycles."""
+        return [bound + 1 for bound in self.bounds_of(int(self.end))[:-1]]
+
+    def density(self, step: int) -> float:
+        return self.target
+
+    def due(self, step: int) -> bool:
+        starts = self._starts
+        if step >= starts[0]:
+            return step in starts
+        return self.frequency is not None and 0 < step < starts[0] - 1 and step % self.frequency == 0
+
+    def rate(self, step: int) -> float | None:
+        """The share of the weights that an exploration replaces; None before the cycles."""
+        return self.explore if step >= self._starts[0] else None
+
+
+def _part_way(stop: int | None, end: float, share: float = 0.5) -> int:
+    """`stop`, or a share of the run; raises `UsageError` where the run has no end to take it of."""
     if stop is not None:
         return stop
     if end == math.inf:
         raise UsageError("`stop` is missing: the step at which the density is the target")
-    return max(1, int(end) // 2)
+    return max(1, int(end * share))
+
+
+def _check_end(end: float, least: int) -> None:
+    if not least < end < math.inf:
+        raise UsageError(f"`end` must be the run's last step, over {least}, got {end:g}")
 
 
 def _check_frequency(frequency: int | None, name: str = "update_frequency") -> None:

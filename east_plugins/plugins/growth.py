@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
+from ..errors import UsageError
 from ..ops.communities import ch3_l3
-from .protocols import Layer
+from .protocols import Layer, option
 from .registry import growth
 
 
@@ -26,6 +29,32 @@ def random_unfired(layer: Layer) -> Tensor:
 def gradient(layer: Layer) -> Tensor:
     """Largest magnitude of the dense gradient (RigL, Evci et al. 2020)."""
     return layer.grad.abs()
+
+
+@growth.register("averaged_gradient", needs=("mean_grad",))
+@dataclass(frozen=True)
+class AveragedGradient:
+    """Largest magnitude of the dense gradient averaged over several batches: RigL's growth, with less noise.
+
+    They are the batches of the last steps up to the update, each step's at the weights it began with, as
+    rigl-torch's `grad_accumulation_n` has them. In these steps the dense gradient is computed.
+    """
+
+    batches: int = option(8, "steps, up to the update, whose gradients are averaged", type=int)
+
+    def __post_init__(self) -> None:
+        if self.batches < 1:
+            raise UsageError(f"`batches` must be at least 1, got {self.batches}")
+
+    def __call__(self, layer: Layer) -> Tensor:
+        return layer.mean_grad.abs()
+
+
+@growth.register("memory", needs=("memory",))
+def memory(layer: Layer) -> Tensor:
+    """Largest magnitude of the value that the weight had when it was dropped, or at first (Top-KAST, Jayakumar et al.
+    2020); it begins with that value again."""
+    return layer.memory.abs()
 
 
 @growth.register("momentum", needs=("momentum",))

@@ -28,9 +28,10 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor, nn
 
-#: What a rule may declare that it needs of a layer: the dense gradient of the loss, its running average, or, a prune
-#: rule, the running average of what its own `score` says of the active weights at every step.
-Need = Literal["grad", "momentum", "average"]
+#: What a rule may declare that it needs of a layer: the dense gradient of the loss, its running average, its mean over
+#: the last few steps, the values that inactive weights had, or, a prune rule, the running average of what its own
+#: `score` says of the active weights at every step.
+Need = Literal["grad", "momentum", "mean_grad", "memory", "average"]
 NEEDS: tuple[str, ...] = get_args(Need)
 
 
@@ -55,8 +56,11 @@ class Layer:
     `weight`, `mask` (bool, True is active) and `fired` (bool, active at least once so far) have the weight's
     shape. `grad` is the dense gradient of the loss and `momentum` its dense running average
     `m <- beta * m + grad`, kept for rules registered with `needs=("momentum",)`; `average` is that of a prune rule's
-    own `score`, of active weights only, for `needs=("average",)`. `generator` is a CPU generator, the same on every
-    rank, for rules that draw numbers of their own.
+    own `score`, of active weights only, for `needs=("average",)`. `mean_grad` is the mean of the dense gradients of as
+    many steps, up to this one, as the rule's attribute `batches` says, for `needs=("mean_grad",)`; `memory` the weight
+    with, where it is inactive, the value that it had when it was dropped, or at first, for `needs=("memory",)`: with
+    such a rule weights begin with that value again. `generator` is a CPU generator, the same on every rank, for rules
+    that draw numbers of their own.
     """
 
     name: str
@@ -67,6 +71,8 @@ class Layer:
     dense_grad: Tensor | None = None
     dense_momentum: Tensor | None = None
     score_average: Tensor | None = None
+    dense_mean: Tensor | None = None
+    remembered: Tensor | None = None
 
     @property
     def grad(self) -> Tensor:
@@ -82,6 +88,16 @@ class Layer:
     def average(self) -> Tensor:
         """Running average of the prune rule's own score, 0 where inactive; raises `UsageError` before a step."""
         return self._require(self.score_average, "running average of scores: declare needs=('average',)")
+
+    @property
+    def mean_grad(self) -> Tensor:
+        """Mean of the last steps' dense gradients, all ranks averaged; raises `UsageError` where none was kept."""
+        return self._require(self.dense_mean, "mean gradient: declare needs=('mean_grad',), and step after backward()")
+
+    @property
+    def memory(self) -> Tensor:
+        """The weight, with former values where it is inactive; raises `UsageError` where none are kept."""
+        return self._require(self.remembered, "memory: declare needs=('memory',)")
 
     def _require(self, tensor: Tensor | None, what: str) -> Tensor:
         if tensor is None:
@@ -202,7 +218,8 @@ class MaskDraw(Protocol):
 class DensitySchedule(Protocol):
     """The global density as a pure function of the step, and the steps (counted from 1) after which the topology is
     updated. Built as `schedule(target, frequency=..., end=..., **options)`: the final density, steps between updates
-    (None: never), and the run's last step. A schedule whose attribute `replaces` is False only grows or only drops."""
+    (None: never), and the run's last step. A schedule whose attribute `replaces` is False only grows or only drops; one
+    with a method `rate(step)` says there what share of the weights an update replaces, None: the prune rate."""
 
     @property
     def target(self) -> float: ...
@@ -231,6 +248,15 @@ class Transform(Protocol):
 
 
 class HostPlugin(Protocol):
-    """Called with the host at the end of every step."""
+    """Called with the host at the end of every step, after the topology update.
+
+    Methods that are called where a plugin has them: `begin(host)` once the masks are in place, `before(host)` before
+    every optimizer step, with its gradients, and `state_dict()` and `load_state_dict(state)` with the host's own.
+    """
 
     def __call__(self, host: Any, /) -> None: ...
+
+
+class Companion(HostPlugin, Protocol):
+    """What a method does beside dropping and growing weights: a host plugin by name. Built as `companion(steps,
+    **options)`, `steps` the run's last one."""

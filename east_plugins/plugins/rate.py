@@ -61,6 +61,32 @@ class Constant(RateDecay):
         return self.initial
 
 
+@registry.register("elastic")
+@dataclass(frozen=True)
+class Elastic:
+    """MEST's elastic mutation (Yuan et al. 2021): the first rate, half of it, and none.
+
+    Their CIFAR runs of 160 epochs replace 20 % of the weights up to epoch 90, 10 % up to 120, and none from there on.
+    Raises `UsageError` for a rate outside [0, 1], and shares of the run that are not in order.
+    """
+
+    initial: float
+    steps: int
+    half: float = option(0.5625, "where the rate is halved, as a share of the run", type=float)
+    stop: float = option(0.75, "where it ends, as a share of the run", type=float)
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.initial <= 1:
+            raise UsageError(f"`death_rate` must be in [0, 1], got {self.initial}")
+        if not 0 <= self.half <= self.stop <= 1:
+            raise UsageError(f"`half` and `stop` must be shares of the run in order, got {self.half} and {self.stop}")
+
+    def __call__(self, step: int) -> float:
+        if step >= self.stop * self.steps:
+            return 0.0
+        return self.initial * (0.5 if step >= self.half * self.steps else 1.0)
+
+
 @registry.register("stepped")
 @dataclass(frozen=True)
 class Stepped:

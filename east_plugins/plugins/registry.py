@@ -257,8 +257,9 @@ rate: Registry[protocols.RateDecay] = _builtins("rate")
 activation: Registry[protocols.ActivationFactory] = _builtins("activation")
 transform: Registry[protocols.Transform] = _builtins("transform")
 structure: Registry[protocols.Structure] = _builtins("structure")
+companion: Registry[protocols.Companion] = _builtins("companion")
 
 ALL: tuple[Registry[Any], ...] = (
-    growth, pruning, redistribution, structure, allocation, density, rate, activation, transform,
+    growth, pruning, redistribution, structure, allocation, density, rate, activation, transform, companion,
 )  # fmt: skip
 BY_KIND = {registry.kind: registry for registry in ALL}

@@ -33,10 +33,10 @@ def test_every_method_trains_at_its_density(method):
     optimizer = torch.optim.SGD(model.parameters(), 0.01, momentum=0.9)
     density = None if method == "dense" else 0.1
     data = [(torch.randn(20, *SHAPE), torch.arange(20) % 10)]
-    mask = Masking.of(method, model, optimizer, density=density, steps=40, input_shape=SHAPE, batches=data)
-    steps(model, optimizer, mask, 40)
+    mask = Masking.of(method, model, optimizer, density=density, steps=60, input_shape=SHAPE, batches=data)
+    steps(model, optimizer, mask, 60)
     expected = round((density or 1) * mask.theoretical_size)
-    assert mask.target_nonzeros(40) == expected and mask.is_at(40)
+    assert mask.target_nonzeros(60) == expected and mask.is_at(60)
     assert mask.nonzeros == expected or mask.structure and 0.95 * expected < mask.nonzeros < expected
     held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
     assert held == {id(parameter) for parameter in model.parameters()}
@@ -48,7 +48,7 @@ def test_the_host_is_that_of_the_trainer():
     mask = Masking.of("granet", model, optimizer, density=0.1, steps=352 * 250, epochs=250)
     resolved = Config(method="granet", density=0.1, epochs=250).resolve(352)
     assert mask.schedule == resolved.schedule() and mask.death_rate_decay == resolved.rate_decay()
-    assert (mask.schedule.frequency, mask.schedule.last, mask.schedule.initial) == (1000, 44_000, 0.5)
+    assert (mask.schedule.frequency, mask.schedule.last, mask.schedule.initial) == (1000, 60_500, 0.5)
 
 
 @pytest.mark.parametrize(("name", "silent"), [("resnet20", 7), ("vgg16", 0)])

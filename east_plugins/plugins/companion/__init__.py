@@ -1,0 +1,1 @@
+"""What methods do beside dropping and growing weights: host plugins by name."""
