@@ -15,6 +15,9 @@ class UsageError(EastError, ValueError):
     """A value, file or combination that cannot be used; the message names it and says what is allowed."""
 
 
+MOST_NAMES = 80  #: that an error lists
+
+
 class UnknownNameError(UsageError):
     """A name that is not registered; the message gives the nearest ones."""
 
@@ -23,7 +26,8 @@ class UnknownNameError(UsageError):
         spelled = {k.lower(): k for k in known}
         near = [spelled[match] for match in difflib.get_close_matches(name.lower(), spelled, n=3, cutoff=0.5)]
         hint = f"did you mean {' or '.join(near)}? known: " if near else "known: "
-        super().__init__(f"unknown {kind} {name!r}; {hint}{', '.join(known)}")
+        more = f" and {len(known) - MOST_NAMES} more" if len(known) > MOST_NAMES else ""
+        super().__init__(f"unknown {kind} {name!r}; {hint}{', '.join(known[:MOST_NAMES])}{more}")
 
 
 class DuplicateNameError(EastError):

@@ -40,7 +40,7 @@ def main(argv: Sequence[str]) -> int:
     from ..training import images, models
 
     if given.get("model") == "help":
-        print("\n".join([*models.names(), "torchvision:<name>"]))
+        print("\n".join([*models.names(), "torchvision:<name>", "timm:<name>"]))
         return 0
     defaults = {**DEFAULTS, **({"method": "rigl+cyclic"} if "recipe" in given else {})}
     options = sources.from_flags(given, **defaults)

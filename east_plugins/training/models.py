@@ -13,17 +13,18 @@ import re
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..errors import UnknownNameError, UsageError
+from ..errors import MissingExtraError, UnknownNameError, UsageError
 from ..ops.vision import import_torchvision
 
 log = logging.getLogger(__name__)
 
-TORCHVISION = "torchvision:"
+TORCHVISION, TIMM = "torchvision:", "timm:"
 AUXILIARY_OUTPUTS = {"googlenet", "inception_v3"}  # return tuples in training, so they are not offered
 
 
@@ -215,11 +216,15 @@ MODELS = {
 
 
 def names(pattern: str = "*") -> list[str]:
-    """Names that match a shell pattern, such as `resnet*`; `torchvision:*` lists torchvision's classifiers.
+    """Names that match a shell pattern, such as `resnet*`; `torchvision:*` lists torchvision's classifiers, `timm:*`
+    timm's.
 
     Any `wrn-<6n+4>-<k>` can be built besides the ones listed.
     """
-    known = _torchvision_names() if pattern.startswith(TORCHVISION) else MODELS
+    if pattern.startswith(TIMM):
+        known: Sequence[str] = _timm_names()
+    else:
+        known = _torchvision_names() if pattern.startswith(TORCHVISION) else list(MODELS)
     return fnmatch.filter(known, pattern)
 
 
@@ -229,19 +234,21 @@ def build(
     """A new network for `in_channels` x `image_size` x `image_size` images.
 
     `width` is the channels of the stem (64 in ResNet-34, 16 in ResNet-20 and WRN); all others scale with it.
-    `torchvision:<name>` is torchvision's network, untrained. Its names that are none of ours need no prefix
-    where images have 64 pixels or more.
+    `torchvision:<name>` is torchvision's network, untrained, and `timm:<name>` is timm's. Names of torchvision's that are
+    none of ours need no prefix where images have 64 pixels or more.
 
     Raises `UnknownNameError` with the nearest names, `UsageError` where the network cannot be made so,
-    `MissingExtraError` where torchvision is needed and not installed.
+    `MissingExtraError` where torchvision or timm is needed and not installed.
     """
     if name.startswith(TORCHVISION):
-        return _torchvision(name, num_classes, in_channels, width)
+        return _torchvision(name, num_classes, in_channels, image_size, width)
+    if name.startswith(TIMM):
+        return _timm(name, num_classes, in_channels, image_size, width)
     model = MODELS.get(name) or _any_wide_resnet(name)
     if model is None:
         if image_size >= 64 and TORCHVISION + name in _torchvision_names():
-            return _torchvision(TORCHVISION + name, num_classes, in_channels, width)
-        raise UnknownNameError("`model`", name, [*names(), "wrn-<6n+4>-<k>", "torchvision:<name>"])
+            return _torchvision(TORCHVISION + name, num_classes, in_channels, image_size, width)
+        raise UnknownNameError("`model`", name, [*names(), "wrn-<6n+4>-<k>", "torchvision:<name>", "timm:<name>"])
     if width is not None and (model.width is None or width < 1):
         allowed = "has no base width: leave it out" if model.width is None else "needs a width of at least 1"
         raise UsageError(f"`width` {width}: {name} {allowed}")
@@ -265,10 +272,53 @@ def _torchvision_names() -> list[str]:
     return [TORCHVISION + name for name in models.list_models(module=models) if name not in AUXILIARY_OUTPUTS]
 
 
-def _torchvision(name: str, num_classes: int, in_channels: int, width: int | None) -> nn.Module:
+def _torchvision(name: str, num_classes: int, in_channels: int, image_size: int, width: int | None) -> nn.Module:
     if name not in (known := _torchvision_names()):
         raise UnknownNameError("`model`", name, known)
     if in_channels != 3 or width is not None:
         wrong = f"`width` {width}" if width is not None else f"images of {in_channels} channels"
         raise UsageError(f"model {name} has a fixed width and takes 3 channels, got {wrong}")
-    return import_torchvision().models.get_model(name.removeprefix(TORCHVISION), weights=None, num_classes=num_classes)
+    make = partial(
+        import_torchvision().models.get_model, name.removeprefix(TORCHVISION), weights=None, num_classes=num_classes
+    )
+    if name.startswith(TORCHVISION + "vit_"):
+        make = partial(make, image_size=image_size)
+    return _made(name, make, in_channels, image_size)
+
+
+def _timm_names() -> list[str]:
+    return [TIMM + name for name in _import_timm().list_models()]
+
+
+def _timm(name: str, num_classes: int, in_channels: int, image_size: int, width: int | None) -> nn.Module:
+    if name not in (known := _timm_names()):
+        raise UnknownNameError("`model`", name, known)
+    if width is not None:
+        raise UsageError(f"model {name} has a fixed width, got `width` {width}")
+    make = partial(_import_timm().create_model, name.removeprefix(TIMM), num_classes=num_classes, in_chans=in_channels)
+    try:
+        return _made(name, partial(make, img_size=image_size), in_channels, image_size)  # transformers need it
+    except TypeError as error:
+        if "img_size" not in str(error):
+            raise
+        return _made(name, make, in_channels, image_size)
+
+
+def _made(name: str, make: Callable[[], nn.Module], channels: int, size: int) -> nn.Module:
+    """What another package makes; raises `UsageError` where it does not take images of this size."""
+    try:
+        model = make()
+        with torch.no_grad():
+            model.eval()(torch.zeros(1, channels, size, size))
+    except (AssertionError, RuntimeError, ValueError, ZeroDivisionError) as error:
+        reason = " ".join(str(error).split())[:120]
+        raise UsageError(f"model {name} does not take images of {size} pixels: {reason}") from error
+    return model.train()
+
+
+def _import_timm() -> Any:
+    try:
+        import timm
+    except ImportError as error:
+        raise MissingExtraError("timm is not installed: pip install timm") from error
+    return timm

@@ -1,8 +1,11 @@
+import sys
+
 import pytest
 import torch
 from torch import nn
 
-from east_plugins.errors import UnknownNameError, UsageError
+from east_plugins import Config, train
+from east_plugins.errors import MissingExtraError, UnknownNameError, UsageError
 from east_plugins.training import models
 
 PARAMETERS = {  # for 3 channels; published as 11.2, 21.3, 23.5, 0.27, 0.86, 1.5, 11.0, 36.5, 14.7 M
@@ -148,3 +151,39 @@ def test_torchvision_networks():
         models.build("torchvision:resnet50", 10, in_channels=1)
     with pytest.raises(UsageError, match="`width` 16"):
         models.build("torchvision:resnet50", 10, width=16)
+
+
+def test_timm_networks():
+    pytest.importorskip("timm")
+    assert "timm:convnext_tiny" in models.names("timm:*")
+    assert size(build_without_memory("timm:convnext_tiny", 1000, image_size=224)) == 28_589_128
+    assert models.build("timm:vit_tiny_patch16_224", 7, 1, 32)(torch.zeros(2, 1, 32, 32)).shape == (2, 7)
+    assert size(build_without_memory("timm:resnet34", 10)) == size(build_without_memory("torchvision:resnet34", 10))
+    with pytest.raises(UnknownNameError, match="did you mean .*timm:convnext_atto") as error:
+        models.build("timm:convnext_atoo", 10)
+    assert len(str(error.value)) < 4000
+    with pytest.raises(UsageError, match="`width` 16"):
+        models.build("timm:convnext_atto", 10, width=16)
+
+
+@pytest.mark.parametrize("name", ["timm:convnext_atto", "timm:vit_tiny_patch16_224", "torchvision:vgg11"])
+def test_images_that_are_too_small_for_a_network_of_others_are_one_line(name):
+    pytest.importorskip("timm")
+    with pytest.raises(UsageError, match=f"model {name} does not take images of 8 pixels: ") as error:
+        models.build(name, 10, image_size=8)
+    assert "\n" not in str(error.value)
+
+
+def test_timm_that_is_missing_is_one_line(monkeypatch):
+    monkeypatch.setitem(sys.modules, "timm", None)
+    with pytest.raises(MissingExtraError, match="^timm is not installed: pip install timm$"):
+        models.build("timm:convnext_tiny", 10)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["timm:test_convnext", "timm:test_vit", "timm:mobilenetv2_035"])
+def test_timm_networks_are_trained_by_name(name, tmp_path):
+    pytest.importorskip("timm")
+    settings = dict(data="digits", image_size=32, limit=64, epochs=1, method="rigl", density=0.1)
+    summary = train(Config(model=name, **settings), tmp_path / "run")
+    assert summary["model"] == name and summary["nonzeros"] == round(0.1 * summary["maskable"])
