@@ -159,4 +159,5 @@ def activations(resolved: Resolved, model: nn.Module, input_shape: Sequence[int]
         generator=torch.Generator().manual_seed(resolved.seed),
         blend=tricks.dyrelu_blend,
         late=tricks.dyrelu_late,
+        replaces=tricks.dyrelu_replaced,
     )

@@ -29,6 +29,9 @@ REFERENCE_STEPS = REFERENCE_EPOCHS * REFERENCE_STEPS_PER_EPOCH
 
 SWITCHES = ("cyclic", "dyrelu", "share")
 
+#: Activations that DyReLU can stand in for: those of `plugins.activation.probe`, which needs torch.
+REPLACED = ("relu", "relu6", "gelu", "silu", "hardswish")
+
 
 @dataclass(frozen=True)
 class EastOptions:
@@ -80,6 +83,9 @@ class EastOptions:
     dyrelu_late: bool | None = option(
         None, "plain ReLU until the phase-out begins, at which DyReLU enters", switch=True
     )
+    dyrelu_replaces: str = option(
+        "relu", f"activations that it stands in for, with commas between: {', '.join(REPLACED)}; each ends as it was"
+    )
     share: bool | None = option(None, "weight sharing between the equal blocks of every residual stage", switch=True)
     share_from: int = option(2, "block of a stage, counted from 1, that lends its weights to the later ones", type=int)
 
@@ -96,6 +102,11 @@ class EastOptions:
                 raise UsageError(f"{flag(name)} must be a number of epochs, got {value}")
         if self.dyrelu_reduction is not None and self.dyrelu_reduction < 1:
             raise UsageError(f"{flag('dyrelu_reduction')} must be at least 1, got {self.dyrelu_reduction}")
+        if wrong := set(self.dyrelu_replaced) - set(REPLACED):
+            raise UsageError(
+                f"{flag('dyrelu_replaces')} {self.dyrelu_replaces!r}: allowed are {', '.join(REPLACED)}, with commas "
+                f"between, got {', '.join(sorted(wrong)) or 'none'}"
+            )
         if self.share_from < 1:
             raise UsageError(f"{flag('share_from')} must be at least 1, got {self.share_from}")
         if self.dyrelu_start is not None and self.dyrelu_end is not None and self.dyrelu_end < self.dyrelu_start:
@@ -103,6 +114,11 @@ class EastOptions:
                 f"{flag('dyrelu_end')} {self.dyrelu_end:g} lies before {flag('dyrelu_start')} {self.dyrelu_start:g}; "
                 "allowed is the same epoch or a later one"
             )
+
+    @property
+    def dyrelu_replaced(self) -> tuple[str, ...]:
+        """Names of the activations that DyReLU stands in for."""
+        return tuple(name.strip() for name in self.dyrelu_replaces.split(","))
 
     @property
     def any(self) -> bool:

@@ -234,8 +234,8 @@ def build(
     """A new network for `in_channels` x `image_size` x `image_size` images.
 
     `width` is the channels of the stem (64 in ResNet-34, 16 in ResNet-20 and WRN); all others scale with it.
-    `torchvision:<name>` is torchvision's network, untrained, and `timm:<name>` is timm's. Names of torchvision's that are
-    none of ours need no prefix where images have 64 pixels or more.
+    `torchvision:<name>` is torchvision's network, untrained, and `timm:<name>` is timm's. Names of torchvision's that
+    are none of ours need no prefix where images have 64 pixels or more.
 
     Raises `UnknownNameError` with the nearest names, `UsageError` where the network cannot be made so,
     `MissingExtraError` where torchvision or timm is needed and not installed.

@@ -170,6 +170,7 @@ class Attachment:
             generator=generator,
             blend=options.dyrelu_blend,
             late=options.dyrelu_late,
+            replaces=options.dyrelu_replaced,
         )
 
     def _share(self, model: nn.Module) -> float:

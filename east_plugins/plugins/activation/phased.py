@@ -26,7 +26,7 @@ from ...ops import param_groups
 from ...ops.marks import PluginModule
 from ...ops.modes import forked_rng
 from ...ops.swap import Swapped, restore, swap
-from .probe import RELU, arguments, relu_calls
+from .probe import FUNCTIONS, Activation, calls_of
 
 if TYPE_CHECKING:
     _Module = nn.Module
@@ -80,10 +80,11 @@ class PhasedActivation(PluginModule, nn.Module):
         self.phase = self._phase(1.0)
         self.register_buffer("beta", torch.ones(()))
 
-    def forward(self, x: Tensor, inplace: bool = False) -> Tensor:
-        y = self._act(x.clone() if inplace else x)
+    def forward(self, x: Tensor, inplace: bool = False, plain: Callable[[Tensor], Tensor] = F.relu) -> Tensor:
+        source = x.clone() if inplace else x
+        y = self._act(source)
         if self.phase == BLEND and not self.inside:
-            y = torch.lerp(F.relu(x), y, self.beta)
+            y = torch.lerp(plain(source), y, self.beta)
         return x.copy_(y) if inplace else y
 
     def _act(self, x: Tensor) -> Tensor:
@@ -112,8 +113,9 @@ class PhasedActivation(PluginModule, nn.Module):
 class Sites(PluginModule, nn.ModuleList):
     """The `PhasedActivation`s of one module, in the order of its ReLU calls in a forward pass of the model."""
 
-    def __init__(self, modules):
+    def __init__(self, modules, replaces: Sequence[str] = ("relu",)):
         super().__init__(modules)
+        self.replaces = replaces  # names of the activations that are calls of these sites
         self.calls = 0  # where the forward pass is being compiled; else every thread counts its own
 
     def restart(self) -> None:
@@ -209,13 +211,11 @@ class _Redirect(TorchFunctionMode):
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
-        if func not in RELU or _running.inside:
+        call = None if _running.inside else Activation.of(func, args, kwargs, self.sites.replaces)
+        if call is None or call.x.dim() < 2:
             return func(*args, **kwargs)
-        x, inplace = arguments(func, *args, **kwargs)
-        if x.dim() < 2:
-            return func(*args, **kwargs)
-        with _inside(x):
-            return self.sites.next()(x, inplace)
+        with _inside(call.x):
+            return self.sites.next()(*call)
 
 
 class _Running(threading.local):
@@ -327,6 +327,7 @@ def attach(
     generator: torch.Generator | None = None,
     blend: str = "outputs",
     late: bool = False,
+    replaces: Sequence[str] = ("relu",),
 ) -> PhasedActivations:
     """Put `factory(num_channels)` in place of every ReLU call of `model`, at beta 1.
 
@@ -344,26 +345,32 @@ def attach(
         blend: "outputs", or "coefficients": those of DyReLU with (1, 0, 0, 0) of ReLU, before the maximum is taken,
             as in the authors' code (ES2, `sparselearning/dyrelu.py`).
         late: plain ReLU while beta is 1, as in the newest version of that code (26bd28e).
+        replaces: the activations whose calls are meant, of relu, relu6, gelu, silu and hardswish; each is blended with,
+            and ends as, what it is in the model.
         generator: CPU generator that the initial values depend on; by default they depend on the global random
             state. That state is never advanced.
 
-    Raises `UsageError` where the model has phased activations already, `NothingMatchedError` where it calls no
-    ReLU; the model is unchanged then.
+    Raises `UsageError` where the model has phased activations already, and for other `replaces`, or such as have no
+    coefficients; `NothingMatchedError` where it calls none of them; the model is unchanged then.
     """
+    if unknown := set(replaces) - set(FUNCTIONS) or not replaces:
+        raise UsageError(f"`replaces` must be some of {', '.join(FUNCTIONS)}, got {unknown or 'none'}")
+    if blend == "coefficients" and set(replaces) != {"relu"}:
+        raise UsageError("`blend` coefficients is for ReLU alone: `replaces` must be relu, or `blend` outputs")
     if _sites(model):
         raise UsageError("the model has phased activations (`east_dyrelu`) already")
     like = next(model.parameters(), torch.empty(0))
     with forked_rng(like.device):
-        calls = relu_calls(model, torch.zeros(2, *input_shape, dtype=like.dtype, device=like.device))
+        calls = calls_of(model, torch.zeros(2, *input_shape, dtype=like.dtype, device=like.device), replaces)
         if not calls:
-            raise NothingMatchedError(
-                "`east_dyrelu`: the model calls no ReLU (nn.ReLU, F.relu, torch.relu or Tensor.relu)"
-            )
+            raise NothingMatchedError(_nothing(model, like, input_shape, replaces))
         if generator is not None:
             torch.default_generator.manual_seed(int(torch.randint(2**63 - 1, (), generator=generator)))
         inside = blend == "coefficients"
         order = {
-            owner: Sites(PhasedActivation(factory(call.channels), call.axis, inside, late) for call in found)
+            owner: Sites(
+                (PhasedActivation(factory(call.channels), call.axis, inside, late) for call in found), replaces
+            )
             for owner, found in calls.items()
         }
         first: Any = next(iter(order.values()))[0].act
@@ -380,3 +387,15 @@ def attach(
 
 def _sites(model: nn.Module) -> list[PhasedActivation]:
     return [module for module in model.modules() if isinstance(module, PhasedActivation)]
+
+
+def _nothing(model: nn.Module, like: Tensor, input_shape: Sequence[int], replaces: Sequence[str]) -> str:
+    """What a model calls that has none of the activations that were asked for."""
+    x = torch.zeros(2, *input_shape, dtype=like.dtype, device=like.device)
+    others = [name for name in FUNCTIONS if name not in replaces and calls_of(model, x, (name,))]
+    if others:
+        found = f"no {' or '.join(replaces)}, but {' and '.join(others)}"
+        return f"`east_dyrelu`: the model calls {found}; see `east_dyrelu_replaces`"
+    if tuple(replaces) == ("relu",):
+        return "`east_dyrelu`: the model calls no ReLU (nn.ReLU, F.relu, torch.relu or Tensor.relu)"
+    return f"`east_dyrelu`: the model calls none of {', '.join(replaces)}"
