@@ -9,6 +9,7 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
+from ..errors import UsageError
 from ..ops import text
 from ..options import flags, sources
 from .parsing import parser
@@ -37,13 +38,15 @@ def main(argv: Sequence[str]) -> int:
     classes, channels, timed, as_json = (given.pop(name) for name in ("classes", "channels", "latency", "json"))
     from ..measure.description import describe, latency
     from ..training import classes as known
-    from ..training import images, models
+    from ..training import datasets, images, models
 
     if given.get("model") == "help":
         print("\n".join([*models.names(), "torchvision:<name>", "timm:<name>"]))
         return 0
     defaults = {**DEFAULTS, **({"method": "rigl+cyclic"} if "recipe" in given else {})}
     options = sources.from_flags(given, **defaults)
+    if datasets.source_of(options.data).table:
+        raise UsageError(f"`data` {options.data}: info describes networks for images; train says a table's counts")
     own_channels, size = images.known_shape(options.data) or (3, 32)
     channels = own_channels if channels is None else channels
     classes = (known.count(options.data, options.data_dir) or 10) if classes is None else classes

@@ -202,7 +202,7 @@ def diagram(found: Ranks, path: Path, title: str) -> bool:
     p = pandas.DataFrame([[found.p_value(a, b) if a != b else 1.0 for b in names] for a in names], names, names)
     figure = figures.figure(6.6, 0.9 + 0.22 * len(names))
     axes = figure.subplots()
-    critical_difference_diagram(found.average, p, cd=found.distance, ax=axes, label_fmt_left="{label} ({rank:.2f})",
+    critical_difference_diagram(found.average, p, ax=axes, label_fmt_left="{label} ({rank:.2f})",
                                 label_fmt_right="({rank:.2f}) {label}")  # fmt: skip
     axes.set_title(f"average rank, 1 the best; {title}; CD {found.distance:.2f}", fontsize=9)
     figures.save(figure, path, "`out`")

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from ..errors import UsageError
+from . import tables
 from .datasets import class_folders, unpickle
 
 COUNTS = {
@@ -20,6 +21,8 @@ _FOLDERS = {"folder": "train", "imagenet": "train", "tinyimagenet": "tiny-imagen
 
 def count(data: str, data_dir: str | Path | None = None) -> int | None:
     """Classes of the data set called `data`; of a folder, those in it; None where that cannot be told."""
+    if data == "table":
+        return int(tables.of_csv(Path(data_dir))[1].max()) + 1 if data_dir else 2
     return COUNTS.get(data) or len(_found(data, data_dir)) or None
 
 

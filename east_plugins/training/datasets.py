@@ -21,8 +21,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..errors import MissingExtraError, UsageError
+from ..errors import MissingExtraError, UnknownNameError, UsageError
 from ..ops.files import replacing
+from . import tables
 
 log = logging.getLogger(__name__)
 
@@ -72,6 +73,21 @@ def _digits(root: None, size: int | None) -> Splits:
     images, labels = resize((pixels * (255 / 16)).round().byte().view(-1, 1, 8, 8), size or 16), labels.long()
     train, test = stratified(labels, 0.2, seed=0)  # the source has no test set of its own
     return (images[train], labels[train]), (images[test], labels[test])
+
+
+def _table(path: Path | None, size: int | None) -> Splits:
+    return _split(tables.of_csv(path) if path else tables.embedded())
+
+
+def _openml(name: str, download: bool, cache: Path | None, size: int | None) -> Splits:
+    return _split(tables.of_openml(name, cache, download))
+
+
+def _split(rows: tuple[Tensor, Tensor]) -> Splits:
+    """Training and test rows: these sources have no test set of their own."""
+    features, labels = rows
+    train, test = stratified(labels, tables.TEST, seed=0)
+    return (features[train], labels[train]), (features[test], labels[test])
 
 
 def _mnist(folder: str, root: Path, size: int | None) -> Splits:
@@ -266,7 +282,8 @@ def _require(root: Path, part: Path) -> Path:
 class Source(NamedTuple):
     """`read(folder, image size)`; what the folder must hold; whether a mirrored image means the same; the
     torchvision class that can download it; whether a shifted image is still whole (digits fill theirs); channels
-    and pixels of an image's side, where the name says them."""
+    and pixels of an image's side, where the name says them; whether it is a table of numbers, which may come from a
+    file."""
 
     read: Callable[[Path | None, int | None], Splits]
     needs: str
@@ -274,6 +291,7 @@ class Source(NamedTuple):
     torchvision: str = ""
     crop: bool = True
     shape: tuple[int, int] | None = None
+    table: bool = False
 
 
 _cifar10 = partial(_cifar, "cifar-10-batches-py", "labels", [f"data_batch_{i}" for i in range(1, 6)], ["test_batch"])
@@ -294,4 +312,15 @@ SOURCES = {
     "tinyimagenet": Source(_tinyimagenet, "tiny-imagenet-200/train/<class>/ and val/", True, shape=(3, 64)),
     "imagenet": Source(partial(_folders, "train", "val"), "train/<class>/ and val/<class>/", True, shape=(3, 224)),
     "folder": Source(partial(_folders, "train", "test"), "train/<class>/ and test/<class>/", True),
+    "table": Source(_table, "", False, crop=False, table=True),
 }
+OPENML = "openml:"
+
+
+def source_of(name: str, download: bool = False) -> Source:
+    """Where the data set called `name` comes from; raises `UnknownNameError`."""
+    if name.startswith(OPENML) and name != OPENML:
+        return Source(partial(_openml, name.removeprefix(OPENML), download), "", False, "openml", False, table=True)
+    if name not in SOURCES:
+        raise UnknownNameError("`data`", name, [*SOURCES, "openml:<name>"])
+    return SOURCES[name]

@@ -18,9 +18,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..errors import UnknownNameError, UsageError
+from ..errors import UsageError
 from ..ops.vision import import_torchvision
-from .datasets import SOURCES, Labelled, Source, open_image, stratified
+from .datasets import SOURCES, Labelled, Source, open_image, source_of, stratified
 
 IMAGENET_MEAN, IMAGENET_STD = (123.675, 116.28, 103.53), (58.395, 57.12, 57.375)
 
@@ -48,13 +48,15 @@ class _Set:
 
     def _normalise(self, images: Tensor, channels_last: bool) -> Tensor:
         layout = torch.channels_last if channels_last else torch.contiguous_format
-        return images.float().sub_(self.mean).div_(self.std).contiguous(memory_format=layout)
+        images = images.to(torch.float32, copy=True)  # a table's rows are of that type already
+        return images.sub_(self.mean).div_(self.std).contiguous(memory_format=layout)
 
 
 @dataclass(eq=False)
 class Images(_Set):
-    """Small images, uint8 [N, C, H, W], in memory. In training, an image is shifted by up to `padding` pixels in
-    each direction, black coming in, and flipped left to right half of the time where `flip`."""
+    """Small images, uint8 [N, C, H, W], or rows of a table, float32 [N, C, 1, 1], in memory. In training, an image is
+    shifted by up to `padding` pixels in each direction, black coming in, and flipped left to right half of the time
+    where `flip`."""
 
     images: Tensor
     padding: int = 0
@@ -222,11 +224,9 @@ def load(
 
     Raises `UnknownNameError`, `UsageError` where files or values are not as they should be.
     """
-    if name not in SOURCES:
-        raise UnknownNameError("`data`", name, SOURCES)
-    source = SOURCES[name]
-    _check(name, data_dir, image_size, validation, limit, download)
-    if download:
+    source = source_of(name, download)
+    _check(name, source, data_dir, image_size, validation, limit, download)
+    if download and not source.table:
         getattr(import_torchvision().datasets, source.torchvision)(data_dir, download=True)
     train, test = source.read(data_dir and Path(data_dir), image_size)
     num_classes = int(train[1].max()) + 1
@@ -253,20 +253,22 @@ def known_shape(name: str) -> tuple[int, int] | None:
 
     Raises `UnknownNameError`.
     """
-    if name not in SOURCES:
-        raise UnknownNameError("`data`", name, SOURCES)
-    return SOURCES[name].shape
+    return source_of(name).shape
 
 
-def _check(name, data_dir, image_size, validation, limit, download) -> None:
-    source = SOURCES[name]
+def _check(name, source: Source, data_dir, image_size, validation, limit, download) -> None:
     if not 0 <= validation < 1:
         raise UsageError(f"`validation` {validation}: allowed are shares from 0 to below 1")
     for flag, value in (("`image_size`", image_size), ("`limit`", limit)):
         if value is not None and value < 1:
             raise UsageError(f"{flag} {value}: allowed are whole numbers from 1")
     if download and not source.torchvision:
-        raise UsageError(f"`download`: allowed for {', '.join(n for n in SOURCES if SOURCES[n].torchvision)}")
+        online = [*(n for n in SOURCES if SOURCES[n].torchvision), "openml:<name>"]
+        raise UsageError(f"`download`: allowed for {', '.join(online)}")
+    if source.table:
+        if image_size is not None:
+            raise UsageError(f"`image_size` {image_size}: `data` {name} is a table, which has no pixels")
+        return
     if not source.needs and data_dir is not None:
         reading = ", ".join(other for other in SOURCES if SOURCES[other].needs)
         raise UsageError(f"`data_dir` {data_dir} is not read by `data` {name}; `data` that reads a folder: {reading}")
@@ -301,7 +303,7 @@ def _last(labels: Tensor, share: float) -> tuple[Tensor, Tensor]:
 def _in_memory(
     train: Labelled, validation: Labelled, test: Labelled, source: Source, crop_padding: str
 ) -> list[Images]:
-    mean, std = _statistics(train[0])
+    mean, std = _of_rows(train[0]) if train[0].is_floating_point() else _statistics(train[0])
     plain = [Images(labels, mean, std, images) for images, labels in (train, validation, test)]
     padding = plain[0].shape[-1] // 8 if source.crop else 0
     augmented = dataclasses.replace(plain[0], padding=padding, flip=source.flip, mode=crop_padding)
@@ -312,6 +314,12 @@ def _on_disk(train: Labelled, validation: Labelled, test: Labelled, size: int) -
     """Normalised by the constants customary for ImageNet."""
     mean, std = (torch.tensor(values).view(3, 1, 1) for values in (IMAGENET_MEAN, IMAGENET_STD))
     return [ImageFiles(labels, mean, std, paths, size) for paths, labels in (train, validation, test)]
+
+
+def _of_rows(rows: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and standard deviation of every feature, [F, 1, 1]; 1 where it is constant."""
+    mean, std = rows.double().mean(0), rows.double().std(0, correction=0)
+    return mean.float(), torch.where(std > 0, std, 1.0).float()
 
 
 def _statistics(images: Tensor) -> tuple[Tensor, Tensor]:

@@ -161,15 +161,42 @@ def plain(plan: str, classes: int, channels: int, size: int, width: int) -> nn.S
     return network(features=features, **head(channels, classes))
 
 
-def mlp(classes: int, channels: int, size: int, width: None) -> nn.Sequential:
-    """LeNet-300-100 (LeCun et al. 1998) for images of any size."""
-    return network(
+class TwoLogits(nn.Module):
+    """0 and z of one output z: their cross-entropy is the binary one of sigmoid(z)."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.cat([x * 0.0, x], 1)
+
+
+def mlp(
+    hidden: tuple[int, int], classes: int, channels: int, size: int, width: None, one_output: bool = False
+) -> nn.Sequential:
+    """Two hidden layers, for images of any size and rows of a table; `one_output` where there are two classes."""
+    single = one_output and classes == 2
+    layers = dict(
         flatten=nn.Flatten(),
-        fc1=nn.Linear(channels * size * size, 300),
+        fc1=nn.Linear(channels * size * size, hidden[0]),
         relu1=nn.ReLU(),
-        fc2=nn.Linear(300, 100),
+        fc2=nn.Linear(hidden[0], hidden[1]),
         relu2=nn.ReLU(),
-        fc3=nn.Linear(100, classes),
+        fc3=nn.Linear(hidden[1], 1 if single else classes),
+    )
+    return network(**layers, **(dict(logits=TwoLogits()) if single else {}))
+
+
+def small_cnn(classes: int, channels: int, size: int, width: int) -> nn.Sequential:
+    """Three 3x3 convolutions with biases and no norms, each with twice the channels of the one before, max-pools by two
+    between them (Nowak et al. 2023, Table 2)."""
+    return network(
+        conv1=nn.Conv2d(channels, width, 3, padding=1),
+        relu1=nn.ReLU(),
+        pool1=nn.MaxPool2d(2, ceil_mode=True),
+        conv2=nn.Conv2d(width, 2 * width, 3, padding=1),
+        relu2=nn.ReLU(),
+        pool2=nn.MaxPool2d(2, ceil_mode=True),
+        conv3=nn.Conv2d(2 * width, 4 * width, 3, padding=1),
+        relu3=nn.ReLU(),
+        **head(4 * width, classes),
     )
 
 
@@ -210,7 +237,10 @@ MODELS = {
     "wrn-28-10": Model(partial(wide_resnet, 28, 10), 16),
     "vgg16": Model(partial(plain, "1 1 M 2 2 M 4 4 4 M 8 8 8 M 8 8 8"), 64),
     "cnn": Model(partial(plain, "1 M 2 M 4"), 32),
-    "mlp": Model(mlp, None),
+    "mlp": Model(partial(mlp, (300, 100)), None),  # LeNet-300-100 (LeCun et al. 1998)
+    "small-mlp": Model(partial(mlp, (256, 256), one_output=True), None),  # Nowak et al. 2023, Table 2
+    "large-mlp": Model(partial(mlp, (1024, 512)), None),
+    "small-cnn": Model(small_cnn, 32),
     "lenet5": Model(lenet5, None),
 }
 

@@ -73,7 +73,7 @@ def test_parameter_names_are_those_of_the_published_scripts():
 
 
 def test_convolutions_before_a_norm_have_no_bias():
-    for name in set(models.names()) - {"lenet5", "mlp"}:
+    for name in set(models.names()) - {"lenet5", "mlp", "small-mlp", "large-mlp", "small-cnn"}:
         assert all(m.bias is None for m in build_without_memory(name, 10).modules() if isinstance(m, nn.Conv2d))
 
 
