@@ -279,7 +279,8 @@ CONFIGS = {
     "methods: rigl,set\n": "--config c.yaml: unknown key 'methods'; did you mean",
     "east_dyrelu: true\neast_dyrelu_end: soon\n": "--config c.yaml: --east-dyrelu-end: invalid float value: 'soon'",
     "data_dir: 3\n": (
-        "data_dir of c.yaml 3 is not read by --data digits; --data that reads a folder: mnist, fashionmnist, cifar10, cifar10"
+        "data_dir of c.yaml 3 is not read by --data digits; --data that reads a folder: mnist, fashionmnist, cifar10, "
+        "cifar10"
     ),
     "1: 2\n": "--config c.yaml: unknown key '1'",
 }
