@@ -54,7 +54,7 @@ def main(argv: Sequence[str]) -> int:
         names, densities, out, seeds=numbers, workers=workers, backend=backend, finished=_tell, say=_say, **given
     )
     print(markdown(rows))
-    print(f"table: {out / 'table.md'}   plot: {out / 'accuracy.png'}")
+    print(f"table: {out / 'table.md'}   plot: {out / 'accuracy.png'}   all of it: {out / 'report.html'}")
     return 0
 
 

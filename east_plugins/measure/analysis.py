@@ -18,10 +18,10 @@ from ..ops.paths import on_path
 from ..options.config import Config
 from ..training import runs
 from ..training.images import Data, sample
+from ..training.verdict import verdict
 from ..upstream import state
 from .signals import gradient_norms, positive_preactivations
 from .similarity import jaccard
-from .verdict import verdict
 
 
 @dataclass

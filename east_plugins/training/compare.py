@@ -17,11 +17,14 @@ from .images import Data
 from .jobs import Job, jobs
 from .pool import Outcome
 from .progress import SILENCE, plan
+from .report import Report
 from .table import Row
 from .trainer import Trainer
 from .watch import Watch
 
 BACKENDS = ("local", "ray")
+
+Summaries = Sequence[tuple[Job, dict[str, Any]]]
 
 
 def compare(
@@ -36,7 +39,8 @@ def compare(
     say: Callable[[str], None] | None = None,
     **settings: Any,
 ) -> list[Row]:
-    """Train every method at every sparsity with every seed; write `table.md`, `table.csv` and `accuracy.png` to `out`.
+    """Train every method at every sparsity with every seed; write `table.md`, `table.csv`, `accuracy.png` and
+    `report.html` to `out`, as runs finish.
 
     The same command again goes on where it was stopped, or killed. A run that fails stops no other. Raises `UsageError`
     for what cannot be, before any work, `Interrupted` on Ctrl-C, and in the end `EastError` where a run failed.
@@ -54,9 +58,16 @@ def compare(
     out = Path(out)
     settings.setdefault("threads", threads(workers, backend))
     todo = jobs(methods, sparsities, seeds, out, settings)
+    page = Report(out, todo, _title(todo))
+
+    def written(summaries: Summaries, failed: Sequence[str]) -> None:
+        if summaries:
+            write(out, todo, summaries)
+        page.write(summaries, failed)
+
     summaries = train_all(
         todo, out, workers=workers, backend=backend, finished=finished, say=say,
-        written=lambda summaries: write(out, todo, summaries),
+        written=written,
     )  # fmt: skip
     return write(out, todo, summaries)
 
@@ -82,12 +93,13 @@ def train_all(
     backend: str = "local",
     finished: Callable[[Job, dict[str, Any], int, int], None] | None = None,
     say: Callable[[str], None] | None = None,
-    written: Callable[[Sequence[tuple[Job, dict[str, Any]]]], object] = lambda summaries: None,
+    written: Callable[[Summaries, Sequence[str]], object] = lambda summaries, failed: None,
     report: str = "table.md",
 ) -> list[tuple[Job, dict[str, Any]]]:
     """Train every job that is not finished, in folders of `out`; returns all with their summaries.
 
-    `written` is called with what is finished after every run, and writes `report`; the rest is as of `compare`.
+    `written` is called after every run with what is finished, and words on what failed, and writes `report`; the rest
+    is as of `compare`.
     """
     for folder in (out, *(job.out for job in todo)):
         runs.check_folder(folder)
@@ -106,9 +118,10 @@ def train_all(
                 if isinstance(result, Exception):
                     failed.append(f"{job.out.name}: {' '.join(f'{type(result).__name__}: {result}'.split())}")
                     say(f"failed    {failed[-1]}")
+                    written(summaries, failed)
                     continue
                 summaries.append((job, result))
-                written(summaries)
+                written(summaries, failed)
                 if finished is not None:
                     finished(job, result, len(summaries), len(todo))
     except (KeyboardInterrupt, Interrupted):
@@ -163,7 +176,7 @@ def run(todo: Sequence[Job], workers: int | None = None, backend: str = "local")
         yield from rays.run(todo, workers) if backend == "ray" else pool.run(todo, workers or 1)
 
 
-def write(out: Path, todo: Sequence[Job], summaries: Sequence[tuple[Job, dict[str, Any]]]) -> list[Row]:
+def write(out: Path, todo: Sequence[Job], summaries: Summaries) -> list[Row]:
     """Table and picture of the runs that are finished; returns the table's rows."""
     order = {job.out: i for i, job in enumerate(todo)}
     rows = table.collect(sorted(summaries, key=lambda pair: order[pair[0].out]))

@@ -120,7 +120,7 @@ def run(
     todo = cells(criteria, growths, densities, periods, seeds, out, settings)
     jobs = [cell.job for cell in todo]
 
-    def written(summaries: Sequence[tuple[Job, dict[str, Any]]]) -> None:
+    def written(summaries: compare.Summaries, failed: Sequence[str] = ()) -> None:
         if write is not None:
             found = {job.out: summary for job, summary in summaries}
             write([(cell, found[cell.job.out]) for cell in todo if cell.job.out in found])

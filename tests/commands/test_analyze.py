@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 
 from east_plugins.__main__ import main
-from east_plugins.measure.verdict import verdict
+from east_plugins.training.verdict import verdict
 
 FIXTURES = Path(__file__).parents[1] / "fixtures"
 
