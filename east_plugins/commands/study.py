@@ -9,12 +9,11 @@ from typing import TYPE_CHECKING, Any
 
 from ..errors import UsageError
 from ..options import flags, sources
+from ..options.programs import STUDY
 from . import parsing
 
 if TYPE_CHECKING:
     from ..training.jobs import Job
-
-CRITERIA = "magnitude,SET,MEST,rsensitivity,SNIP,random,static"
 
 
 def main(argv: Sequence[str]) -> int:
@@ -29,12 +28,13 @@ def main(argv: Sequence[str]) -> int:
         late=_late,
     )
     group = parser.add_argument_group("study")
-    criteria = f"prune rules; static and dense are baselines (default: {CRITERIA})"
-    group.add_argument("--criteria", default=CRITERIA, metavar="C,C", help=criteria)
-    group.add_argument("--growths", default="random,gradient", metavar="G,G", help="growth rules (default: both)")
-    group.add_argument("--densities", default="0.05,0.1,0.2", metavar="D,D", help="default: 0.05,0.1,0.2")
-    group.add_argument("--periods", default="800", metavar="N,N", help="steps between updates (default: 800)")
-    group.add_argument("--seeds", default="0,1,2,3,4", metavar="N,N", help="one run for each (default: 0,1,2,3,4)")
+    words = dict(
+        criteria="prune rules, static and dense as baselines", growths="growth rules", densities="active shares",
+        periods="steps between updates", seeds="one run for each",
+    )  # fmt: skip
+    for name, help in words.items():
+        shown = ",".join(map(str, STUDY[name]))
+        group.add_argument(f"--{name}", metavar="X,X", help=f"{help} (default: of the grid in --config, else {shown})")
     group.add_argument("--low", type=float, default=0.2, metavar="X", help="largest low density (default: 0.2)")
     parsing.add_backend(group)
     group.add_argument("--out", required=True, type=flags.folder, metavar="DIR", help="folder of runs and report")
@@ -67,7 +67,8 @@ def _late(parser: argparse.ArgumentParser, known: argparse.Namespace, unknown: S
         from ..training.study import options_of
 
         there, group = flags.option_strings(parser), parser.add_argument_group("options of the criteria")
-        for name, field in options_of(known.criteria.split(",")).items():
+        criteria = known.criteria.split(",") if known.criteria else STUDY["criteria"]
+        for name, field in options_of(criteria).items():
             if f"--{name.replace('_', '-')}" not in there:
                 flags.add_flag(group, name, field)
 
@@ -80,7 +81,9 @@ def _tell(job: Job, summary: dict[str, Any], number: int, count: int) -> None:
     _say(f"{number:>4}/{count}  {job.out.name}  test {summary['test_accuracy']:.2%}  {summary['seconds']:.0f} s")
 
 
-def _list(flag: str, text: str, kind: type) -> list[Any]:
+def _list(flag: str, text: str | None, kind: type) -> list[Any] | None:
+    if text is None:
+        return None
     try:
         return [kind(part) for part in text.split(",")]
     except ValueError:

@@ -1,11 +1,18 @@
-"""Programs of `cycles`: how many stages a network is trained in, and at which densities."""
+"""What the commands `cycles` and `study` train: stages at which densities, and which lists of values by themselves."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 from ..errors import UsageError
 from .flags import option
+
+#: A study's lists, where neither flags nor a file's grid say (Nowak et al. 2023, Section 5.1).
+STUDY: dict[str, list[Any]] = dict(
+    criteria=["magnitude", "SET", "MEST", "rsensitivity", "SNIP", "random", "static"], growths=["random", "gradient"],
+    densities=[0.05, 0.1, 0.2], periods=[800], seeds=[0, 1, 2, 3, 4],
+)  # fmt: skip
 
 PROGRAMS = {
     "cyclic": "cycles of one mask at the density",

@@ -10,6 +10,7 @@ from typing import Any
 
 from ..errors import UsageError
 from ..options import sources
+from ..options.programs import STUDY
 from ..plugins import registry
 from . import compare
 from .jobs import Job
@@ -97,12 +98,39 @@ def _cell(
     return Cell(criterion, growth, density, period, job)
 
 
+#: A study's lists, and what they are called in the grid of a file, where `density` is read as a sparsity.
+_GRID = dict(criteria="death", growths="growth", densities="sparsity", periods="update_frequency", seeds="seed")
+
+
+def lists(asked: Mapping[str, Sequence[Any] | None], settings: dict[str, Any]) -> dict[str, Sequence[Any]]:
+    """The lists of a study: as asked for, else of the `grid` of the `config` file in `settings`, which is taken out of
+    it, else the defaults. Raises `UsageError` for a grid of anything else."""
+    block: Mapping[str, Sequence[Any]] = {}
+    if (config := settings.get("config")) is not None:
+        file = sources.read(config)
+        settings["config"] = dataclasses.replace(file, blocks=())
+        if len(file.blocks) > 1:
+            raise UsageError(f"`config` {config}: the grid of a study has one block, this one has {len(file.blocks)}")
+        block = dict(file.blocks[0]) if file.blocks else {}
+        if wrong := [name for name in block if name not in _GRID.values()]:
+            known = "death, growth, density, update-frequency and seed"
+            raise UsageError(f"`config` {config}: the grid of a study has {known}, not {wrong[0].replace('_', '-')}")
+    found: dict[str, Sequence[Any]] = {}
+    for name, setting in _GRID.items():
+        given = asked[name]
+        if given is None and setting in block:
+            values = block[setting]
+            given = [round(1 - float(value), 12) for value in values] if name == "densities" else values
+        found[name] = STUDY[name] if given is None else given
+    return found
+
+
 def run(
-    criteria: Sequence[str],
-    growths: Sequence[str],
-    densities: Sequence[float],
-    periods: Sequence[int],
-    seeds: Sequence[int],
+    criteria: Sequence[str] | None,
+    growths: Sequence[str] | None,
+    densities: Sequence[float] | None,
+    periods: Sequence[int] | None,
+    seeds: Sequence[int] | None,
     out: str | Path,
     *,
     workers: int | None = None,
@@ -113,11 +141,13 @@ def run(
     **settings: Any,
 ) -> list[tuple[Cell, dict[str, Any]]]:
     """Train every cell in a folder of `out`; returns each with its summary. The same call again goes on where it was
-    stopped. `write` is called with what is finished after every run; the others are as of `cells` and `compare`,
-    and it raises as the latter."""
+    stopped. Lists that are None are as `lists` says, `write` is called with what is finished after every run, and the
+    others are as of `cells` and `compare`; raises as the latter."""
     out = Path(out)
     settings.setdefault("threads", compare.threads(workers, backend))
-    todo = cells(criteria, growths, densities, periods, seeds, out, settings)
+    asked = dict(criteria=criteria, growths=growths, densities=densities, periods=periods, seeds=seeds)
+    grid = lists(asked, settings)
+    todo = cells(**grid, out=out, settings=settings)
     jobs = [cell.job for cell in todo]
 
     def written(summaries: compare.Summaries, failed: Sequence[str] = ()) -> None:
