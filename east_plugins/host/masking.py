@@ -379,10 +379,10 @@ class Masking(Books, Pace):
         budgets = self._updates.budgets_at(self.schedule, self.steps)
         if "grad" in self.needs:
             self._stepping.check_dense(self.engine)
-        end, done = getattr(self.schedule, "end", math.inf), self.steps
-        progress = min(done / end, 1.0) if 0 < end < math.inf else None
-        moment = Moment(self.generator, progress, unwrap(self.modules[0]), self.input_shape)
-        self._updates.update(self._rules, budgets, self._rate_now, self._stepping, self.structure, moment)
+        end = getattr(self.schedule, "end", math.inf)
+        progress = min(self.steps / end, 1.0) if 0 < end < math.inf else None
+        now = Moment(self.generator, progress, unwrap(self.modules[0]), self.input_shape)
+        self._updates.update(self._rules, budgets, self._rate_now, self._stepping, self.structure, now)
 
     def removed_by(
         self, death_mode: str | Callable, death_rate: float, prune_scope: str = "local", **options: Any
