@@ -35,6 +35,14 @@ def _whole_epochs(text: str) -> list[int]:
         raise argparse.ArgumentTypeError(f"must be whole numbers joined by commas, got {text!r}") from None
 
 
+LOGGERS = ("tensorboard", "csv", "wandb", "mlflow")
+
+
+def _loggers(text: str) -> list[str]:
+    """`csv,wandb` as names; `none` as no name at all."""
+    return [] if text in ("", "none") else text.split(",")
+
+
 #: Settings that neither method nor recipe nor the run's length decides.
 _DEFAULTS: dict[str, Any] = dict(
     density=0.001, growth="random", death="magnitude", redistribution="none", structure="none", death_rate=0.5,
@@ -174,6 +182,10 @@ class Config:
         "warn", "a loss that is NaN or infinite: stop, where no such network is saved, or warn at the epoch's end",
         choices=["warn", "stop"],
     )  # fmt: skip
+    loggers: list[str] | None = option(
+        None, f"where figures of every epoch go beside metrics.jsonl: {', '.join(LOGGERS)}, joined by commas, or none "
+        "(default: tensorboard where it is installed)", type=_loggers, metavar="NAME,NAME",
+    )  # fmt: skip
     save_every: float | None = option(
         None, "minutes between checkpoints, inside epochs too (default: at ends of epochs, 30 seconds or more apart)",
         type=float, metavar="MIN",
@@ -254,6 +266,9 @@ class Config:
                 raise UsageError(f"`{name}` must be in [{low}, {high}], got {value}")
         if not 0 <= self.momentum < 1:
             raise UsageError(f"`momentum` must be from 0 on and below 1, got {self.momentum}")
+        for name in self.loggers or ():
+            if name not in LOGGERS:
+                raise UnknownNameError("`loggers`", name, LOGGERS)
         if self.device == "":
             raise UsageError("`device` is empty: allowed are cpu, cuda, cuda:1, ...")
         if not 0 <= self.warmup <= self.epochs:

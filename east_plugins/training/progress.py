@@ -1,4 +1,4 @@
-"""How a run tells what it is doing: what it will do, a bar or lines, `log.txt`, and TensorBoard."""
+"""How a run tells what it is doing: what it will do, a bar or lines, `log.txt`, and loggers."""
 
 from __future__ import annotations
 
@@ -7,11 +7,13 @@ import logging
 import math
 import sys
 import time
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from ..ops.paths import effective_density
+from .loggers import Loggers
 
 if TYPE_CHECKING:
     from .trainer import Trainer
@@ -23,22 +25,26 @@ SILENCE = 15.0  #: seconds at the most without a line where there is no bar
 
 class Progress:
     """What a run will do in five lines, then a bar over all steps on a terminal or lines on standard error; the lines,
-    and what is logged, in `log.txt`, too; scalars for TensorBoard.
+    and what is logged, in `log.txt`, too; the figures of every epoch for loggers, and for
+    `on_epoch`, a function of their line.
 
-    The bar and the scalars need the extra `train`; without tqdm there are lines, without tensorboard no event files.
+    The bar needs the extra `train`; without tqdm there are lines.
     """
 
-    def __init__(self, trainer: Trainer, quiet: bool = False):
+    def __init__(
+        self, trainer: Trainer, quiet: bool = False, on_epoch: Callable[[dict[str, Any]], object] | None = None
+    ):
         self.trainer = trainer
         self.quiet = quiet
-        self.bar = self.writer = None
+        self.on_epoch = on_epoch
+        self.bar: Any = None
         self.log: Any = None
         self.handlers: list[logging.Handler] = []
         self.last: dict[str, Any] | None = None  # line of metrics.jsonl
 
     def __enter__(self) -> Progress:
         trainer = self.trainer
-        self.writer = _summary_writer(trainer.out, trainer.epoch + 1)
+        self.loggers = Loggers(trainer.options, trainer.out, trainer.epoch)
         self.log = open(trainer.out / LOG, "a", buffering=1)
         package = logging.getLogger("east_plugins")
         self.handlers = [logging.StreamHandler(self.log)]
@@ -63,8 +69,7 @@ class Progress:
     def __exit__(self, *_) -> None:
         if self.bar is not None:
             self.bar.close()
-        if self.writer is not None:
-            self.writer.close()
+        self.loggers.close()
         for handler in self.handlers:
             logging.getLogger("east_plugins").removeHandler(handler)
         with contextlib.suppress(OSError):
@@ -100,11 +105,9 @@ class Progress:
     def epoch(self, line: dict[str, Any]) -> None:
         """Report one line of `metrics.jsonl`."""
         self.last, self.told = line, True
-        if self.writer is not None:
-            for name, value in line.items():
-                if isinstance(value, dict):  # of the layers
-                    continue
-                self.writer.add_scalar(name, math.nan if value is None else value, line["epoch"])
+        self.loggers.epoch(line)
+        if self.on_epoch is not None:
+            self.on_epoch(line)
         if self.bar is not None:
             self._show()
         options = self.trainer.options
@@ -182,12 +185,3 @@ def _tqdm():
     except ImportError:
         return None
     return tqdm
-
-
-def _summary_writer(folder, epoch: int):
-    """A writer whose scalars from `epoch` on stand in place of those that a killed run has left there."""
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError:
-        return None
-    return SummaryWriter(folder, purge_step=epoch)

@@ -11,6 +11,7 @@ import os
 import sys
 import time
 import zlib
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,7 @@ from ..ops.paths import effective_density, on_path
 from ..options.config import Config, Resolved
 from ..plugins import registry
 from ..sparse import Engine
-from . import runs, state, update_batch
+from . import loggers, runs, state, update_batch
 from .graphed import GraphedStep
 from .images import Batches, Data, Images
 from .interrupts import Interrupt, caught
@@ -43,12 +44,19 @@ DEAD = (
 SAVE_EVERY = 30.0  #: seconds, at the least, between checkpoints at ends of epochs: a short epoch is not spent on them
 
 
-def train(options: Config, out: str | Path, resume: bool = False, quiet: bool = False) -> dict[str, Any]:
+def train(
+    options: Config,
+    out: str | Path,
+    resume: bool = False,
+    quiet: bool = False,
+    on_epoch: Callable[[dict[str, Any]], object] | None = None,
+) -> dict[str, Any]:
     """Train one network and return its summary; everything is written to the directory `out`.
 
         train(Config(method="rigl+connected", model="resnet20", density=0.01, epochs=12), "runs/a")
 
     With `limit_steps` in `options` the run stops there, unfinished, and what is returned says so (`unfinished`).
+    `on_epoch` is called after every epoch with its line of `metrics.jsonl`, for loggers of one's own.
     With `resume` an unfinished run in `out` goes on where it stopped, and a finished one is only read. Raises
     `UsageError` for what cannot be (before anything is written), where another process trains in `out`, and in a
     process of several (torchrun); `Interrupted` after saving on Ctrl-C, SIGTERM and SIGHUP; `EastError` where a file
@@ -58,6 +66,7 @@ def train(options: Config, out: str | Path, resume: bool = False, quiet: bool = 
     if (ranks := os.environ.get("WORLD_SIZE", "1")) != "1":
         raise UsageError(f"train runs in one process, and WORLD_SIZE is {ranks}: start it without torchrun")
     registry.trust(options.chosen().values())
+    loggers.check(options.loggers)
     runs.check_folder(out)
     if (out / runs.CONFIG).exists() and not resume:
         raise UsageError(f"`out` {out} holds a run already; add `resume` to go on with it, or choose another folder")
@@ -78,12 +87,14 @@ def train(options: Config, out: str | Path, resume: bool = False, quiet: bool = 
         runs.write_config(out, trainer.options)
         if trainer.epoch == trainer.step_in_epoch == 0:
             trainer.keep_weights()
-        with caught() as interrupt, Progress(trainer, quiet) as progress:
+        with caught() as interrupt, Progress(trainer, quiet, on_epoch) as progress:
             while trainer.epoch < trainer.options.epochs:
                 if trainer.at_limit:
                     return trainer.unfinished()
                 trainer.run_epoch(interrupt, progress)
-            return trainer.finish()
+            summary = trainer.finish()
+            progress.loggers.summary(summary)
+            return summary
 
 
 class Trainer:
