@@ -247,3 +247,38 @@ def test_a_torchvision_network_in_a_loop_of_ones_own():
             F.cross_entropy(model(x), y).backward()
             host.step()
     assert host.nonzeros == round(0.05 * host.theoretical_size)
+
+
+@pytest.mark.parametrize("method", ["granet", "gmp"])
+def test_gradual_methods_with_equal_weights_keep_one_of_the_sets_of_the_highest(method):
+    model = network(tied=True)
+    host = of(method, model, steps=40, update_frequency=4, death_rate=0.0)
+    for step in range(1, 25):
+        before, weights = copy.deepcopy(dict(host.masks)), {n: w.detach().clone() for n, w in host.weights.items()}
+        gradients(model, step)
+        host.step()
+        if step % 4:
+            continue
+        assert host.nonzeros == host.target_nonzeros(step)
+        if method == "gmp":
+            assert all(is_one_of_the_highest(host.masks[n], weights[n].abs(), before[n]) for n in before)
+        else:
+            names = list(before)
+            assert is_one_of_the_highest(*(flat(each, names) for each in (host.masks, _sizes(weights), before)))
+
+
+def _sizes(weights):
+    return {name: weight.abs() for name, weight in weights.items()}
+
+
+def test_averaged_growth_with_equal_gradients_draws_and_keeps_the_counts():
+    model = network(tied=True)
+    host = of("rigl", model, growth="averaged_gradient", growth_batches=2, update_frequency=3)
+    counts, before = dict(host.name2nonzeros), copy.deepcopy(dict(host.masks))
+    for _ in range(3):
+        for parameter in model.parameters():
+            parameter.grad = torch.ones_like(parameter)
+        host.step()
+    assert dict(host.name2nonzeros) == counts
+    grown = host.masks["2.weight"] & ~before["2.weight"]
+    assert int(grown.sum()) > 20 and grown.any(1).sum() > 15  # not the first neurons alone
