@@ -112,7 +112,6 @@ class Masking(Books, Pace):
         self.structure = structured.found(structure, self._options.get("structure"))
         structured.check(self.structure, redistribution_mode, prune_scope, keep_connected)
         self._bind_rules()
-        self._mean = MeanGradients(Column(self._records, "mean_grad"), self._rules.window)
 
         seed = torch.initial_seed() if seed is None else seed
         self.generator = torch.Generator().manual_seed(distributed.from_rank_0(seed) % 2**63)
@@ -131,6 +130,7 @@ class Masking(Books, Pace):
         self._rules = RuleSet(*self._asked, host=self, options=self._options)
         self.growth_mode, self.death_mode, self.redistribution_mode = self._rules.names
         self.needs = self._rules.needs
+        self._mean = MeanGradients(Column(self._records, "mean_grad"), self._rules.window)
 
     @classmethod
     def of(
@@ -480,14 +480,16 @@ class Masking(Books, Pace):
 
     def __getstate__(self) -> dict[str, Any]:
         self.packed.unpack()
-        left_out = ("_rules", "_stepping", "_stepped", "engine", "batches", "_offered")
-        return {name: value for name, value in vars(self).items() if name not in left_out} | {"_by": self.optimizer}
+        left_out = ("_rules", "_stepping", "_stepped", "engine", "batches", "_offered", "_mean")
+        kept = {name: value for name, value in vars(self).items() if name not in left_out}
+        return kept | {"_by": self.optimizer, "_averaged": self._mean.count}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        optimizer = state.pop("_by")
+        optimizer, averaged = state.pop("_by"), state.pop("_averaged")
         vars(self).update(state)
         self.engine, self._stepped, self._offered, self.batches = None, Stepped(), None, None
         self._bind_rules()
+        self._mean.count = averaged
         self._stepping = Stepping(optimizer, self._records)
         self._stepping.left()
         attend(self)

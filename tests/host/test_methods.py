@@ -125,6 +125,22 @@ def test_a_window_of_gradients_survives_a_checkpoint():
     assert all(torch.equal(value, again.state_dict()[name]) for name, value in model.state_dict().items())
 
 
+def test_a_copy_goes_on_alike_with_its_window_and_its_companion():
+    for method, settings in (("rigl", dict(growth="averaged_gradient", growth_batches=4)), ("topkast", {})):
+        model = network()
+        host = of(method, model, lr=0.05, update_frequency=6, **settings)
+        pair = [(model, host)]
+        for step in range(13):
+            if step == 4:
+                pair.append(copy.deepcopy((model, host)))
+            for each, its in pair:
+                gradients(each, step)
+                its.step()
+        (model, host), (other, copied) = pair
+        assert all(torch.equal(value, other.state_dict()[name]) for name, value in model.state_dict().items())
+        assert host.masks["2.weight"] is not copied.masks["2.weight"]
+
+
 def flat(tensors, names):
     return torch.cat([tensors[name].flatten() for name in names])
 

@@ -57,8 +57,13 @@ class TopKast:
             outside.put(weight, 0.0)
 
     def _choose(self, host: Any) -> None:
-        """Which weights those are, in layers whose active ones changed."""
-        self._chosen = {name: known for name, known in self._chosen.items() if host.active(name) is known[0]}
+        """Which weights those are: after an update, and in layers whose active ones somebody else changed."""
+        updated = host.schedule.due(host.steps)
+        self._chosen = {
+            name: (active, outside)
+            for name, (active, outside) in self._chosen.items()
+            if not updated and _alike(host.active(name), active)
+        }
         budgets = host.budgets
         for name, weight in host.weights.items():
             active = host.active(name)
@@ -98,6 +103,10 @@ class TopKast:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self._restored, self._hidden, self._chosen = dict(state), {}, {}
+
+
+def _alike(one: Active, other: Active) -> bool:
+    return one is other or torch.equal(one.flat, other.flat)
 
 
 def _at(places: Tensor, like: Tensor) -> Active:
