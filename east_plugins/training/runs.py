@@ -25,9 +25,10 @@ from ..options import sources
 from ..options.config import Config, Resolved
 from ..plugins import registry
 from ..plugins.transform.quiet import silence
-from . import images, models
+from . import classes, images, models
 
 CONFIG, METRICS, SUMMARY = "config.yaml", "metrics.jsonl", "summary.json"
+DATA = "data.json"  #: what inputs and outputs of the network are
 PREVIOUS = "checkpoint.previous.pt"  #: the checkpoint before the last one
 
 
@@ -56,6 +57,25 @@ def write_config(folder: Path, options: Resolved) -> None:
         "threads": torch.get_num_threads(),
     }
     write_atomically(folder / CONFIG, yaml.safe_dump({**options.as_dict(), "versions": versions}, sort_keys=False))
+
+
+def write_data(folder: Path, options: Config, data: images.Data) -> None:
+    """`data.json`: what the network's outputs are called and how its inputs are made, from values of 0 to 255."""
+    parts = {
+        name: len(part) for name, part in (("train", data.train), ("validation", data.validation), ("test", data.test))
+    }
+    mean, std = (
+        [round(value, 6) for value in tensor.flatten().tolist()] for tensor in (data.train.mean, data.train.std)
+    )
+    content = {
+        "data": options.data,
+        "input_shape": list(data.input_shape),
+        "mean": mean,
+        "std": std,
+        "classes": classes.names(options.data, options.data_dir, data.num_classes),
+        "images": parts,
+    }
+    write_atomically(folder / DATA, json.dumps(content, indent=1) + "\n")
 
 
 def read_config(folder: Path) -> Config:

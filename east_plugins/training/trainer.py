@@ -85,6 +85,7 @@ def train(
         if resume:
             trainer.restore()
         runs.write_config(out, trainer.options)
+        runs.write_data(out, trainer.options, trainer.data)
         if trainer.epoch == trainer.step_in_epoch == 0:
             trainer.keep_weights()
         with caught() as interrupt, Progress(trainer, quiet, on_epoch) as progress:

@@ -153,6 +153,17 @@ def test_a_smoke_run_says_that_it_is_one_and_goes_on(tmp_path, capsys):
     assert digests[0] == digests[1]
 
 
+def test_a_runs_folder_says_what_inputs_and_outputs_are(tmp_path):
+    words = "--method rigl --model cnn --width 4 --data digits --limit 120 --density 0.3 --threads 1 --limit-steps 1"
+    assert main(["train", *words.split(), "--quiet", "--out", str(tmp_path / "a")]) == 0
+    found = json.loads((tmp_path / "a" / runs.DATA).read_text())
+    assert found["classes"] == [str(i) for i in range(10)] and found["input_shape"] == [1, 16, 16]
+    assert found["images"]["train"] + found["images"]["validation"] == 120 and found["images"]["test"] == 359
+    train = runs.load_data(runs.read_config(tmp_path / "a")).train
+    assert found["mean"] == pytest.approx(train.mean.flatten().tolist(), abs=1e-6)
+    assert found["std"] == pytest.approx(train.std.flatten().tolist(), abs=1e-6)
+
+
 def test_smoke_runs_stand_in_the_table_as_unfinished(grid, tmp_path, capsys):
     config = grid("method: static\ngrid: {density: [0.2, 0.1], seed: [0, 1]}\n")
     command = ["compare", "--config", config, "--out", str(tmp_path / "c")]
