@@ -71,6 +71,21 @@ def test_an_update_is_that_of_a_direct_computation(seed, progress):
     assert found == expected(layers, gone, 0.4)
 
 
+def test_of_equal_channels_and_weights_any_go_and_no_more():
+    model, rule, seen = network(), Channels(remove=0.5, least=0.5), torch.zeros(10)
+    for seed in range(30):
+        layers = candidates(model, 0.3, 0.4, seed)
+        for each in layers:
+            each.layer.weight.copy_(each.layer.weight.abs().ceil().clamp(max=2.0) * each.layer.mask)
+        layers[1].layer.weight.fill_(0.01)  # every channel of one layer alike, and the least of all
+        masks = rule.update(layers, Moment(torch.Generator().manual_seed(seed), 1.0, model, SHAPE))
+        gone = [~mask.flatten(1).any(1) for mask in masks[:2]]
+        assert int(gone[1].sum()) == 8 and not masks[1][:, gone[0]].any() and not masks[2][:, gone[1]].any()
+        assert sum(int(mask.sum()) for mask in masks) == sum(each.budget for each in layers)
+        seen += gone[1]
+    assert 10 < seen.min() and seen.max() < 30
+
+
 def test_only_channels_that_one_layer_writes_can_go():
     model = models.build("resnet20", 10, 3, 8, 8)
     shapes = {name: weight.shape for name, weight in model.named_parameters() if weight.dim() > 1}
