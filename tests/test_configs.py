@@ -17,7 +17,8 @@ from east_plugins.training.jobs import jobs
 
 ROOT = Path(__file__).parents[1] / "configs"
 COMMON = {"cifar", "dctps", "imagenet"}  #: that others inherit from
-FILES = sorted(path for path in ROOT.rglob("*.yaml") if path.stem not in COMMON)
+STUDIES = ROOT / "studies"  #: for commands of their own, see tests/training/test_study.py
+FILES = sorted(path for path in ROOT.rglob("*.yaml") if path.stem not in COMMON and path.parent != STUDIES)
 CLASSES = {"cifar10": 10, "cifar100": 100, "imagenet": 1000, "digits": 10}
 STEPS = {"cifar10": 352, "cifar100": 352, "imagenet": 9009, "digits": 21}
 

@@ -21,6 +21,7 @@ from ..options.programs import Program
 from . import runs
 from .trainer import train
 
+METHOD = "static"  #: where none is named
 OTHER_ORDER = 7919  #: what is added to the seed of the images' order from stage to stage
 OF_A_STAGE = ("density", "start", "order_seed", "keep_weights", "sparse_init_run")  #: settings that the program gives
 
@@ -39,7 +40,7 @@ def stages(program: Program, out: Path, settings: Mapping[str, Any]) -> list[Sta
     for name in OF_A_STAGE[1:]:
         if settings.get(name) is not None:
             raise UsageError(f"`{name}` cannot be given here: the program says what each stage begins with")
-    asked = sources.from_flags(settings)
+    asked = sources.from_flags(settings, method=METHOD)
     density = asked.decided("density") if asked.method.split("+")[0] != "dense" else 1.0
     densities = program.densities(density)
     rewind = 0 if program.program == "imp" else program.rewind or 1
@@ -57,7 +58,8 @@ def stages(program: Program, out: Path, settings: Mapping[str, Any]) -> list[Sta
             given |= {"sparse_init": "pruned", "sparse_init_run": str(before)}
         kept = {name: value for name, value in settings.items() if value is not None}
         name = f"stage{number + 1}"
-        found.append(Stage(name, sources.from_flags({**_without_allocation(kept, number), **given}), out / name))
+        options = sources.from_flags({**_without_allocation(kept, number), **given}, method=METHOD)
+        found.append(Stage(name, options, out / name))
     return found
 
 

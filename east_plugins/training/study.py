@@ -85,12 +85,15 @@ def _cell(
     own = {"death_rate", *options_of([criterion])}
     given = {name: value for name, value in settings.items() if not name.startswith("death_") or name in own}
     given |= {"density": density, "seed": seed}
+    file = settings.get("config")
+    values = file.values if isinstance(file, sources.File) else {}
+    method = str(settings.get("method") or values.get("method") or "rigl")
     if criterion in BASELINES:
-        start = str(settings.get("method", "rigl")).partition("+")[2]  # a connected start is every run's
+        start = method.partition("+")[2]  # a connected start is every run's
         given["method"] = criterion if criterion == "dense" or not start else f"{criterion}+{start}"
         name = f"{criterion}-{density:g}-seed{seed}"
     else:
-        given = {"method": "rigl", **given, "death": criterion, "growth": growth, "update_frequency": period}
+        given = {**given, "method": method, "death": criterion, "growth": growth, "update_frequency": period}
         name = f"{criterion}-{growth}-{density:g}-every{period}-seed{seed}"
     varied = {} if criterion in BASELINES else {"death": criterion, "growth": growth, "every": str(period)}
     options, place = sources.from_flags(given), out / name.replace(":", "_")

@@ -3,6 +3,7 @@
 import csv
 import json
 import statistics
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,7 +14,8 @@ from east_plugins.measure import ranks, study_report
 from east_plugins.measure import study as measured
 from east_plugins.measure.similarity import mean_jaccard
 from east_plugins.ops import checkpoints
-from east_plugins.training import study
+from east_plugins.options.programs import Program
+from east_plugins.training import cycles, runs, study
 from east_plugins.training.trainer import Trainer
 
 TINY = dict(data="digits", limit=160, image_size=8, model="mlp", batch_size=32, epochs=2, device="cpu", engine="dense")
@@ -55,6 +57,58 @@ def test_grids_that_cannot_be_are_refused(change, message, tmp_path):
     grid |= {name: value for name, value in change.items() if name != "settings"}
     with pytest.raises(UsageError, match=message):
         study.cells(**grid, out=tmp_path, settings={**TINY, **change.get("settings", {})})
+
+
+CONFIGS = sorted((Path(__file__).parents[2] / "configs" / "studies").glob("*.yaml"))
+ALL = dict.fromkeys(("criteria", "growths", "densities", "periods", "seeds"))
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_every_shipped_file_is_a_study_or_a_program_that_resolves(path, tmp_path):
+    settings = {"config": str(path), **({"data": "digits"} if path.stem == "where_to_prune" else {})}
+    if path.stem.startswith("cycles"):
+        todo = [
+            stage.options for stage in cycles.stages(Program(program="lrr"), tmp_path, {**settings, "density": 0.3})
+        ]
+    else:
+        lists = study.lists(ALL, settings)
+        todo = [cell.job.options for cell in study.cells(**lists, out=tmp_path, settings=settings)]
+        assert len(todo) > 20 and {"magnitude", "static", "dense"} <= set(lists["criteria"])
+    resolved = [options.resolve(300) for options in todo]
+    assert len({str(options.as_dict()) for options in resolved}) == len(todo)
+    first = resolved[0]
+    shape = {"openml:44129": (24, 1, 1), "fashionmnist": (1, 28, 28), "digits": (1, 16, 16),
+             "tinyimagenet": (3, 64, 64), "imagenet": (3, 224, 224)}.get(first.data, (3, 32, 32))  # fmt: skip
+    with torch.device("meta"):
+        assert runs.build_model(first, 2 if shape[1] == 1 else 10, shape)
+
+
+def test_numbers_of_the_setups_are_those_of_appendix_a2():
+    def resolved(name, criterion="SNIP"):
+        settings = {"config": str(CONFIGS[0].parent / f"{name}.yaml")}
+        grid = study.lists({**ALL, "criteria": [criterion]}, settings)
+        cells = study.cells(**grid, out=Path("out"), settings=settings)
+        return len(cells), cells[0].job.options.resolve(300)
+
+    count, cnn = resolved("small_cnn_cifar10")
+    assert count == 2 * 11 * 5 and (cnn.epochs, cnn.batch_size, cnn.lr, cnn.weight_decay) == (100, 128, 0.01, 5e-4)
+    assert cnn.nesterov and cnn.lr_drops == [50, 75] and (cnn.sparse_init, cnn.update_frequency) == ("ERK", 800)
+    count, imagenet = resolved("resnet50_imagenet")
+    assert count == 3 and (imagenet.epochs, imagenet.batch_size, imagenet.density) == (90, 256, 0.2)
+    assert resolved("large_mlp_cifar10")[1].sparse_init == "ER"
+    assert resolved("small_mlp_higgs", "static")[1].sparse_init == "ER"
+    vgg = resolved("vgg16_cifar100")[1]
+    assert (vgg.epochs, vgg.lr, vgg.weight_decay) == (200, 0.01, 1e-4)
+
+
+@pytest.mark.parametrize("text, message", [
+    ("grid:\n  width: [4, 8]\n", "has death, growth, density, update-frequency and seed, not width"),
+    ("grid:\n  - seed: [1]\n  - seed: [2]\n", "has one block, this one has 2"),
+])  # fmt: skip
+def test_grids_of_something_else_are_refused(text, message, tmp_path):
+    (tmp_path / "s.yaml").write_text(text)
+    with pytest.raises(UsageError, match=message):
+        study.lists(ALL, {"config": str(tmp_path / "s.yaml")})
 
 
 def records_of(path):
