@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import base64
 import csv
 import io
 import statistics
 from collections.abc import Callable, Mapping, Sequence
+from html import escape
 from pathlib import Path
 from typing import Any
 
 from ..ops import figures, files
 from ..ops import text as tables
+from ..training.report import Report
 from ..training.study import Cell
 from . import study
 from .ranks import Ranks
@@ -44,7 +47,19 @@ def write(out: Path, done: Done, low: float, title: str, say: Callable[[str], No
     similar(out, done, densities, periods, pictures)
     text = "\n".join([f"# {title}\n", *parts, *(f"![{words}]({name})\n" for name, words in pictures)])
     files.write_atomically(out / "study.md", text)
+    todo, pairs = [cell.job for cell, _ in done], [(cell.job, dict(summary)) for cell, summary in done]
+    Report(out, todo, title).write(pairs, first=page(out, parts, pictures))
     return text
+
+
+def page(out: Path, parts: Sequence[str], pictures: Sequence[tuple[str, str]]) -> list[str]:
+    """The study's tables and pictures as parts of a page that needs no other file, and links to the figures beneath."""
+    found = ["<h2>Where to prune</h2>", *(f"<pre>{escape(part)}</pre>" for part in parts)]
+    for name, words in pictures:
+        data = base64.b64encode((out / name).read_bytes()).decode()
+        found.append(f'<h3>{escape(words)}</h3><img alt="{escape(words)}" src="data:image/png;base64,{data}">')
+    links = ", ".join(f'<a href="{path.name}">{path.name}</a>' for path in sorted(out.glob("*.csv")))
+    return [*found, f'<p class="note">The figures beneath: {links}</p>']
 
 
 def write_runs(out: Path, done: Done) -> list[dict[str, Any]]:

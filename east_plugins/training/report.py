@@ -40,8 +40,10 @@ class Report:
         self.out, self.todo, self.title = out, todo, title
         self.metrics: dict[Path, Lines] = {}
 
-    def write(self, summaries: Sequence[tuple[Job, dict[str, Any]]], failed: Sequence[str] = ()) -> None:
-        """The page of the runs so far; `failed` are words on those that failed."""
+    def write(
+        self, summaries: Sequence[tuple[Job, dict[str, Any]]], failed: Sequence[str] = (), first: Sequence[str] = ()
+    ) -> None:
+        """The page of the runs so far; `failed` are words on those that failed, `first` parts of HTML that lead."""
         order = {job.out: i for i, job in enumerate(self.todo)}
         pairs = sorted(summaries, key=lambda pair: order[pair[0].out])
         for job, _ in pairs:
@@ -52,6 +54,7 @@ class Report:
         parts = [
             f'<p class="note">{state}; in {escape(str(self.out))}</p>',
             *([_section("Failed"), _list(failed)] if failed else []),
+            *first,
             *(self._table(pairs) if pairs else []),
             *self._curves(pairs),
             *self._layers(pairs),

@@ -142,6 +142,8 @@ def test_a_study_writes_tables_and_pictures_and_goes_on_where_it_was_stopped(tmp
     for name in ("accuracy-every2", "accuracy-every4", "period", "itop", "common", "masks-gradient-0.1"):
         assert (tmp_path / f"{name}.png").read_bytes()[:4] == b"\x89PNG"
         assert f"{name}.png" in said
+    page = (tmp_path / "report.html").read_text()
+    assert page.count("data:image/png;base64,") == said.count(".png") and "study.csv" in page
     stamps = {path: path.stat().st_mtime_ns for path in tmp_path.glob("*/summary.json")}
     assert main(words) == 0 and capsys.readouterr().out == said
     assert {path: path.stat().st_mtime_ns for path in stamps} == stamps
