@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from .plugins.registry import (
         activation,
         allocation,
+        companion,
         density,
         growth,
         pruning,
@@ -55,6 +56,7 @@ _PUBLIC = {
     "add_sparse_args": "host.itop",
     "allocation": "plugins.registry",
     "attach": "plugins.activation.phased",
+    "companion": "plugins.registry",
     "compare": "training.compare",
     "convert": "plugins.transform.dct.convert",
     "density": "plugins.registry",
@@ -87,6 +89,7 @@ __all__ = [
     "add_sparse_args",
     "allocation",
     "attach",
+    "companion",
     "compare",
     "convert",
     "density",
