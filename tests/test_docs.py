@@ -18,7 +18,8 @@ from east_plugins.options import flags, sources
 ROOT = Path(__file__).parent.parent
 NAMES = [
     "README.md", "CONTRIBUTING.md", "CHANGELOG.md", "east_plugins/README.md", "east_plugins/sparse/README.md",
-    "east_plugins/export/README.md", "east_plugins/trainers/README.md", "patches/README.md", "configs/README.md", "configs/studies/README.md",
+    "east_plugins/export/README.md", "east_plugins/trainers/README.md", "patches/README.md", "configs/README.md",
+    "configs/studies/README.md",
     "tests/README.md",
 ]  # fmt: skip
 every_document = pytest.mark.parametrize("name", NAMES)
