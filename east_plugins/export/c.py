@@ -19,9 +19,10 @@ from typing import NamedTuple
 import numpy as np
 
 from . import kernels
-from .compact import Compact, Plane
-from .graph import Pair
+from .compact import Compact
 from .kernels import Kernel
+from .node import Pair
+from .plane import Plane
 
 #: Taps that one pass over a plane adds up. 8 are as fast in twice the code; from 12 on addresses leave the registers.
 TAPS_AT_ONCE = 4
@@ -208,6 +209,19 @@ def _steps(plane: Plane, layouts: dict[Pair, Layout], address: dict[Plane, int])
     out, here = layouts[plane.shape], address[plane]
     if plane.kind == "input":
         return [Step(Kernel("load", out.shape, out.row), [here, plane.index * out.shape[0] * out.shape[1]], [])]
+    if plane.kind == "table" or (plane.kind != "sum" and not plane.taps):
+        assert plane.values is not None
+        return [Step(Kernel("table", out.shape, out.row), [here], plane.values.flatten().tolist())]
+    if plane.kind == "gather":
+        return [Step(Kernel("gather", out.shape, out.row), [here, *_addresses(plane, layouts, address)], [])]
+    if plane.kind == "dot":
+        return [_dot_step(plane, layouts, address)]
+    if plane.kind in ("map", "peak", "nearest"):
+        row = layouts[plane.taps[0].source.shape].row
+        window = plane.window if plane.kind == "nearest" else (1, 1)
+        kernel = Kernel(plane.kind, out.shape, out.row, len(plane.taps), source_row=row, window=window)
+        sources = [address[tap.source] for tap in plane.taps]
+        return [Step(kernel._replace(function=plane.function), [here, *sources], [])]
     if plane.kind != "sum":
         source, _, stride, offset = plane.taps[0]
         row = layouts[source.shape].row
@@ -232,6 +246,34 @@ def _steps(plane: Plane, layouts: dict[Pair, Layout], address: dict[Plane, int])
         floor = plane.floor if len(steps) == len(passes) - 1 else -np.inf
         steps.append(Step(kernel, [here, *(a for a, _ in taps)], [*bias, floor, *(w for _, w in taps)]))
     return steps
+
+
+def _addresses(plane: Plane, layouts: dict[Pair, Layout], address: dict[Plane, int]) -> list[int]:
+    """Where each number of a gathered plane lies."""
+    assert plane.places is not None
+    source = plane.taps[0].source.shape
+    rows, columns = np.divmod(np.arange(math.prod(source)), source[1])
+    here = rows * layouts[source].row + columns
+    numbers = np.concatenate([address[tap.source] + here for tap in plane.taps])
+    return np.where(plane.places < 0, -1, numbers[plane.places]).flatten().tolist()
+
+
+def _dot_step(plane: Plane, layouts: dict[Pair, Layout], address: dict[Plane, int]) -> Step:
+    """Products of pairs; all first taps lie alike, and all second ones."""
+    out = layouts[plane.shape]
+    addresses = []
+    for source, _, _, (dy, dx) in plane.taps:
+        addresses.append(address[source] + dy * layouts[source.shape].row + dx)
+    first, second = plane.taps[:2] if plane.taps else (None, None)
+    if first is None or second is None:
+        return Step(Kernel("dot", out.shape, out.row, 0), [address[plane]], [])
+    single = plane.shape == (1, 1)
+    kernel = Kernel(
+        "dot", out.shape, out.row, len(plane.taps) // 2,
+        source_row=1 if single else layouts[first.source.shape].row, stride=(1, 1) if single else first.stride,
+        other_row=1 if single else layouts[second.source.shape].row, other_stride=(1, 1) if single else second.stride,
+    )  # fmt: skip
+    return Step(kernel, [address[plane], *addresses], [])
 
 
 def _store(network: Compact, layouts: dict[Pair, Layout], address: dict[Plane, int]) -> Iterable[list[Step]]:

@@ -10,15 +10,17 @@ from __future__ import annotations
 
 import functools
 import itertools
+import math
 import time
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from .compact import Compact, Plane, Tap, window
-from .graph import Graph, Pair
+from .compact import Compact
+from .node import Graph, Pair
 from .onnx_model import Model, session
+from .plane import Plane, Tap, window
 
 BLOCK = 16  # channels that onnxruntime's convolutions take at a time
 TRIALS = 15
@@ -31,9 +33,9 @@ def write_onnx(network: Compact, metadata: Mapping[str, str] | None = None) -> b
     for _, made in itertools.groupby(variable, key=lambda plane: plane.site):
         alike = defaultdict(list)
         for plane in made:
-            alike[plane.kind, plane.shape, plane.floor].append(plane)
+            alike[(plane.kind, plane.shape, plane.floor, *_others(plane))].append(plane)
         for (kind, *_), planes in alike.items():
-            {"input": writer.input, "sum": writer.fastest, "max": writer.max, "mean": writer.mean}[kind](planes)
+            getattr(writer, {"sum": "fastest", "map": "mapped", "gather": "gathered"}.get(kind, kind))(planes)
     writer.output(network.output)
     return writer.content({"input": network.graph.input_shape}, {"output": network.graph.output_shape}, metadata)
 
@@ -55,6 +57,10 @@ class _Writer(Model):
     def rows(self, planes: Sequence[Plane | None]) -> str:
         """A tensor of these planes in this order, zeros for None."""
         present = [plane for plane in planes if plane is not None]
+        for plane in dict.fromkeys(present):
+            if plane not in self.place:  # a constant that is read by what is no sum
+                assert plane.values is not None
+                self.note(self.expanded(plane.values[None]), [plane], plane.shape)
         names = list(dict.fromkeys(self.place[plane][0] for plane in present))
         widths = [self.shapes[name][0] for name in names]
         start = dict(zip(names, itertools.accumulate([0, *widths]), strict=False))
@@ -94,13 +100,63 @@ class _Writer(Model):
         name = self.op("GlobalAveragePool", self.rows([plane.taps[0].source for plane in planes]))
         self.note(name, planes, (1, 1))
 
+    def mapped(self, planes: list[Plane]) -> None:
+        source = self.rows([plane.taps[0].source for plane in planes])
+        self.note(self.map(planes[0].function, source), planes, planes[0].shape)
+
+    def peak(self, planes: list[Plane]) -> None:
+        (height, width), many = planes[0].shape, len(planes[0].taps)
+        source = self.rows([tap.source for plane in planes for tap in plane.taps])
+        largest = self.op("ReduceMax", self.reshape(source, len(planes), many, height * width), axes=[2], keepdims=0)
+        self.note(self.reshape(largest, len(planes), height, width), planes, planes[0].shape)
+
+    def nearest(self, planes: list[Plane]) -> None:
+        source = self.rows([plane.taps[0].source for plane in planes])
+        scales = self.constant(np.array([1, 1, *planes[0].window], np.float64))
+        how = dict(mode="nearest", coordinate_transformation_mode="asymmetric", nearest_mode="floor")
+        self.note(self.op("Resize", source, "", scales, **how), planes, planes[0].shape)
+
+    def gathered(self, planes: list[Plane]) -> None:
+        sources = list(dict.fromkeys(tap.source for plane in planes for tap in plane.taps))
+        size = math.prod(sources[0].shape)
+        number = {source: i for i, source in enumerate(sources)}
+        places = []
+        for plane in planes:
+            assert plane.places is not None
+            starts = np.array([number[tap.source] * size for tap in plane.taps])
+            at = starts[plane.places // size] + plane.places % size
+            places.append(np.where(plane.places < 0, len(sources) * size, at).flatten())
+        flat = self.reshape(self.rows(sources), len(sources) * size)
+        if any((plane.places < 0).any() for plane in planes if plane.places is not None):
+            flat = self.op("Pad", flat, self.constant([0, 0, 0, 1]))
+        found = self.gather(flat, np.concatenate(places).tolist())
+        self.note(self.reshape(found, len(planes), *planes[0].shape), planes, planes[0].shape)
+
+    def dot(self, planes: list[Plane]) -> None:
+        """Sums of products with planes that lie alike, or with single numbers."""
+        (height, width), pairs = planes[0].shape, len(planes[0].taps) // 2
+        first = self.rows([tap.source for plane in planes for tap in plane.taps[::2]])
+        second = [tap for plane in planes for tap in plane.taps[1::2]]
+        if second[0].stride == (1, 1) and second[0].source.shape == planes[0].shape:
+            name = self.op("Mul", first, self.rows([tap.source for tap in second]))
+            if pairs > 1:
+                name = self.reshape(name, len(planes), pairs, height * width)
+                name = self.op("ReduceSum", name, self.constant([2]), keepdims=0)
+                name = self.reshape(name, len(planes), height, width)
+            return self.note(name, planes, planes[0].shape)
+        sources = list(dict.fromkeys(tap.source for tap in second))
+        number, size = {source: i for i, source in enumerate(sources)}, math.prod(sources[0].shape)
+        at = [number[t.source] * size + t.offset[0] * t.source.shape[1] + t.offset[1] for t in second]
+        numbers = self.gather(self.reshape(self.rows(sources), len(sources) * size), at)
+        left = self.reshape(numbers, len(planes), 1, pairs)
+        name = self.op("MatMul", left, self.reshape(first, len(planes), pairs, height * width))
+        self.note(self.reshape(name, len(planes), height, width), planes, planes[0].shape)
+
     def output(self, planes: list[Plane]) -> None:
         """The network's output; constants in it are added to zeros."""
         constant = np.stack([np.zeros(p.shape) if p.values is None else p.values for p in planes])
         if all(plane.values is not None for plane in planes):
-            batch = self.op("Shape", "input", start=0, end=1)
-            shape = self.op("Concat", batch, self.constant(constant.shape), axis=0)
-            name = self.op("Expand", self.constant(constant[None]), shape)
+            name = self.expanded(constant)
         else:
             name = self.rows([plane if plane.values is None else None for plane in planes])
             if constant.any():
@@ -111,7 +167,8 @@ class _Writer(Model):
         """Sums, in the form that is measured fastest."""
         layout: list[Plane | None] = list(planes)
         blocked = False
-        if len(planes) > BLOCK and len({tap.source for plane in planes for tap in plane.taps}) > BLOCK:
+        spreads = any(tap.stride == (0, 0) for plane in planes for tap in plane.taps)
+        if not spreads and len(planes) > BLOCK and len({tap.source for plane in planes for tap in plane.taps}) > BLOCK:
             dense, sparse = self.milliseconds((planes, False), (_blocks(planes), True))
             layout, blocked = (layout, False) if dense < sparse else (_blocks(planes), True)
         self.note(self.sum(layout, blocked), layout, planes[0].shape)
@@ -156,6 +213,10 @@ class _Writer(Model):
             bias = bias[:, :1, :1]
         terms: list[str] = []
         for (name, stride), group in added.items():
+            if stride == (0, 0):  # single numbers, for all positions
+                spread = [(i, tap._replace(stride=(1, 1))) for i, tap in group]
+                terms.append(self.dense(name, (1, 1), spread, (len(layout), 1, 1), None))
+                continue
             first = bias[:, 0, 0] if not terms and bias.shape[1:] == (1, 1) else None
             make = self.grouped if blocked else self.dense
             terms.append(make(name, stride, group, (len(layout), *shape), first))
@@ -168,6 +229,8 @@ class _Writer(Model):
             terms.append(name)
         if bias.any():
             terms.append(self.constant(bias))
+        if all(stride == (0, 0) for _, stride in added) and not any(passed):
+            terms.append(self.constant(np.zeros((1, *shape))))
         name = functools.reduce(lambda a, b: self.op("Add", a, b), terms)
         floor = planes[0].floor
         return name if floor == -np.inf else self.op("Relu", name)
@@ -206,6 +269,15 @@ class _Writer(Model):
                 shift[i, 0, dy - low[0], dx - low[1]] = 1.0
             name = self.conv(name, shift, stride, pads, len(read), None)
         return self.conv(name, weight, (1, 1), (0, 0, 0, 0), len(groups), bias)
+
+
+def _others(plane: Plane) -> tuple:
+    """What planes of a kind must have alike, beside shape and floor, to be one tensor's."""
+    if plane.kind == "dot":
+        return (len(plane.taps), plane.taps[1].stride, plane.taps[1].source.shape) if plane.taps else (0,)
+    if plane.kind in ("max", "mean", "map", "peak", "nearest", "gather"):
+        return len(plane.taps) if plane.kind == "peak" else 0, plane.function, plane.window, plane.taps[0].source.shape
+    return ()
 
 
 def _aligned(tap: Tap, shape: Pair) -> bool:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
-from .graph import Graph, Node
+import numpy as np
+
+from .node import Graph, Node
 from .onnx_model import Model
 
 
@@ -53,8 +56,47 @@ def _add(model: Model, node: Node, inputs: list[str]) -> str:
             if node.kernel == node.inputs[0].shape[1:]:
                 return model.op("GlobalAveragePool", *inputs)
             return model.op("AveragePool", *inputs, **window, pads=pads, count_include_pad=1)
-        case "flatten":
-            return model.op("Reshape", inputs[0], model.constant([-1, *node.shape]))
+        case "constant":
+            return model.expanded(node.weight)
+        case "map":
+            return model.map(node.function, *inputs)
+        case "mul":
+            return model.op("Mul", *inputs)
+        case "pick":
+            size = math.prod(node.inputs[0].shape)
+            flat = model.op("Pad", model.reshape(inputs[0], size), model.constant([0, 0, 0, 1]))
+            places = np.where(node.index < 0, size, node.index).flatten()
+            return model.reshape(model.gather(flat, places.tolist()), *node.shape)
+        case "dot":
+            return _dot(model, node, *inputs)
+        case "layer_norm":
+            return _norm(model, node, inputs[0], 2)
+        case "group_norm":
+            return _norm(model, node, inputs[0], 2, 3, 4)
+        case "softmax" | "log_softmax":
+            grouped = model.reshape(inputs[0], node.groups, node.shape[0] // node.groups, *node.shape[1:])
+            kind = "Softmax" if node.op == "softmax" else "LogSoftmax"
+            return model.reshape(model.op(kind, grouped, axis=2), *node.shape)
         case "cat":
             return model.op("Concat", *inputs, axis=1)
     raise AssertionError(node.op)
+
+
+def _norm(model: Model, node: Node, x: str, *axes: int) -> str:
+    """x less its mean, over the root of its variance, over axes of [batch, groups, channels, height, width]."""
+    grouped = model.reshape(x, node.groups, node.shape[0] // node.groups, *node.shape[1:])
+    centred = model.op("Sub", grouped, model.op("ReduceMean", grouped, axes=axes))
+    variance = model.op("ReduceMean", model.op("Mul", centred, centred), axes=axes)
+    root = model.op("Sqrt", model.op("Add", variance, model.constant(node.eps)))
+    return model.reshape(model.op("Div", centred, root), *node.shape)
+
+
+def _dot(model: Model, node: Node, first: str, second: str) -> str:
+    channels, inner = node.index.shape
+    positions = math.prod(node.shape[1:])
+    flat = model.reshape(second, math.prod(node.inputs[1].shape))
+    numbers = model.reshape(
+        model.gather(flat, node.index.flatten().tolist()), node.groups, channels // node.groups, inner
+    )
+    planes = model.reshape(first, node.groups, inner, positions)
+    return model.reshape(model.op("MatMul", numbers, planes), *node.shape)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -9,7 +10,7 @@ import numpy as np
 
 from .. import __version__
 from ..errors import MissingExtraError
-from .graph import Pair
+from .node import Pair
 
 OPSET, IR_VERSION = 17, 8  # of 2022: older runtimes load it too
 
@@ -48,7 +49,7 @@ class Model:
         self.nodes.append(self.onnx.helper.make_node(kind, list(inputs), [name], name=name, **attributes))
         return name
 
-    def constant(self, values: np.ndarray | Sequence) -> str:
+    def constant(self, values: np.ndarray | Sequence | float) -> str:
         """Add a constant; floating-point numbers become float32."""
         values = np.asarray(values)
         values = values.astype(np.float32 if values.dtype.kind == "f" else np.int64)
@@ -91,3 +92,51 @@ class Model:
         return self.op(
             "Conv", *inputs, kernel_shape=weight.shape[2:], strides=stride, pads=pads, group=groups, dilations=dilation
         )
+
+    def map(self, function: str, x: str) -> str:
+        """Add a function of every number, by the name that a graph's `map` has."""
+        if function in ("silu", "gelu", "gelu_tanh"):
+            return self.op("Mul", x, self._gate(function, x))
+        if function == "relu6":
+            return self.op("Clip", x, self.constant(0.0), self.constant(6.0))
+        if function == "rsqrt":
+            return self.op("Reciprocal", self.op("Sqrt", x))
+        if function == "hardsigmoid":
+            return self.op("HardSigmoid", x, alpha=1 / 6, beta=0.5)
+        return self.op(ONNX_NAMES[function], x)
+
+    def _gate(self, function: str, x: str) -> str:
+        """What x is multiplied with."""
+        number = self.constant
+        if function == "silu":
+            return self.op("Sigmoid", x)
+        if function == "gelu":
+            bell = self.op("Erf", self.op("Mul", x, number(math.sqrt(0.5))))
+        else:
+            cube = self.op("Mul", self.op("Mul", x, x), self.op("Mul", x, number(0.044715)))
+            bell = self.op("Tanh", self.op("Mul", self.op("Add", x, cube), number(math.sqrt(2 / math.pi))))
+        return self.op("Add", self.op("Mul", bell, number(0.5)), number(0.5))
+
+    def reshape(self, x: str, *shape: int) -> str:
+        """Another shape behind the batch."""
+        return self.op("Reshape", x, self.constant([0, *shape]))
+
+    def gather(self, x: str, places: Sequence[int]) -> str:
+        """What lies at these places of the axis behind the batch."""
+        return self.op("Gather", x, self.constant(np.asarray(places)), axis=1)
+
+    def expanded(self, values: np.ndarray) -> str:
+        """A constant, once for each of the batch."""
+        shape = self.op("Concat", self.op("Shape", "input", start=0, end=1), self.constant(values.shape), axis=0)
+        return self.op("Expand", self.constant(values[None]), shape)
+
+
+#: ONNX's names of functions of one number.
+ONNX_NAMES = {
+    "sigmoid": "Sigmoid",
+    "hardswish": "HardSwish",
+    "tanh": "Tanh",
+    "exp": "Exp",
+    "log": "Log",
+    "reciprocal": "Reciprocal",
+}
