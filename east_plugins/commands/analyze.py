@@ -17,7 +17,7 @@ def main(argv: Sequence[str]) -> int:
         "analyze",
         "Density, effective density, ITOP rate, gradient flow and positive pre-activations of runs' networks, the "
         "Jaccard similarity of their masks, and a verdict in words. Runs may be finished, running or interrupted. "
-        "Nothing is written.",
+        "Nothing is written but the picture of --plot.",
         "analyze runs/a runs/comparison",
         "analyze runs/a --layers --images 512",
     )
@@ -29,13 +29,21 @@ def main(argv: Sequence[str]) -> int:
                        "drawn at random, the same for all runs (default: 256)")  # fmt: skip
     parse.add_argument("--layers", action="store_true", help="a table of layers for each run, too")
     parse.add_argument("--json", action="store_true", help="one JSON object in place of the tables")
+    parse.add_argument("--plot", type=Path, metavar="FILE", help="picture of accuracy against sparsity, of positive "
+                       "inputs, gradient flow, ITOP rate and collapsed layers over time, such as a.png")  # fmt: skip
     add_trust(parse)
     args = parse.parse_args(argv)
     if args.images < 2:
         raise UsageError(f"--images must be at least 2, got {args.images}")
     from ..measure.analysis import analyze
+    from ..measure.plots import plot
+    from ..ops import figures
 
+    if args.plot is not None:
+        figures.check_path(args.plot, "--plot")
     report = analyze(args.runs, args.images, args.data_dir, args.network)
+    if args.plot is not None:
+        plot(report, args.runs, args.plot)
     print(json.dumps(report) if args.json else as_text(report, args.layers))
     return 0
 

@@ -15,12 +15,12 @@ from torch import Tensor, nn
 from ..errors import UsageError
 from ..ops.maskable import theoretical_size
 from ..ops.paths import on_path
+from ..ops.signals import gradient_norms, positive_preactivations
 from ..options.config import Config
 from ..training import runs
 from ..training.images import Data, sample
 from ..training.verdict import verdict
 from ..upstream import state
-from .signals import gradient_norms, positive_preactivations
 from .similarity import jaccard
 
 

@@ -182,6 +182,10 @@ class Config:
         "warn", "a loss that is NaN or infinite: stop, where no such network is saved, or warn at the epoch's end",
         choices=["warn", "stop"],
     )  # fmt: skip
+    signals: bool = option(
+        False, "gradient flow and positive inputs of the ReLUs at ends of epochs, for analyze --plot; left out where "
+        "they would take over 3 % of the time"
+    )  # fmt: skip
     loggers: list[str] | None = option(
         None, f"where figures of every epoch go beside metrics.jsonl: {', '.join(LOGGERS)}, joined by commas, or none "
         "(default: tensorboard where it is installed)", type=_loggers, metavar="NAME,NAME",

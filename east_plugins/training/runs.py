@@ -214,7 +214,17 @@ def load_run(folder: str | Path, last: bool = False) -> Run:
 
 
 #: Settings that say where and how a run is computed, not what it is.
-_ELSEWHERE = {"device", "threads", "download", "save_every", "on_nonfinite", "limit_steps", "loggers", "origins"}
+_ELSEWHERE = {
+    "device",
+    "threads",
+    "download",
+    "save_every",
+    "on_nonfinite",
+    "limit_steps",
+    "loggers",
+    "signals",
+    "origins",
+}
 
 
 def difference(a: Resolved, b: Resolved) -> tuple[str, Any, Any] | None:

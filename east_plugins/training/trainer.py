@@ -32,6 +32,7 @@ from .graphed import GraphedStep
 from .images import Batches, Data, Images
 from .interrupts import Interrupt, caught
 from .progress import Progress
+from .signals import Signals
 from .starts import begin_from
 from .state import Totals
 
@@ -125,6 +126,7 @@ class Trainer:
         self.graphed = self._graphed() if options.cuda_graph else None
         order = options.seed if options.order_seed is None else options.order_seed
         self.generator = torch.Generator().manual_seed(order)
+        self.signals = Signals(self.data)
         self.epoch, self.step_in_epoch = 0, 0
         self.epoch_generator = self.generator.get_state()
         self.totals = Totals()
@@ -251,6 +253,8 @@ class Trainer:
             "itop_rate": self.host.fired_masks_update()[1],
             "layers": layers,  # active weights, and those of them on a path
         }
+        if self.options.signals and self.signals.due(self.seconds):
+            line |= self.signals.measured(self.model, self.host.masks)
         at_target = self.host.is_at(self.options.steps) and self.beta == 0
         last = self.options.tested == "last"
         if at_target and (self.best is None or last or line["validation_accuracy"] >= self.best["validation_accuracy"]):

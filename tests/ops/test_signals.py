@@ -9,8 +9,8 @@ from torch.nn import functional as F
 
 from east_plugins import Masking
 from east_plugins.errors import UsageError
-from east_plugins.measure.signals import gradient_norms, positive_preactivations
 from east_plugins.measure.similarity import jaccard
+from east_plugins.ops.signals import gradient_norms, positive_preactivations
 from east_plugins.training import models
 
 
