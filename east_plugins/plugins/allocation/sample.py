@@ -46,6 +46,8 @@ class Sample:
             passes += 1
             self._coming = iter(self.batches)
             for x, y in self._coming:
+                if y.dim() != 1 or y.is_floating_point():
+                    raise UsageError(f"targets must be one class number an example, got {list(y.shape)} of {y.dtype}")
                 kept = []
                 for i, label in enumerate(y.tolist()):
                     if missing.get(label, 0):

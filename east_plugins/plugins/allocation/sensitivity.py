@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ...errors import UsageError
 from ..protocols import option
@@ -113,8 +113,10 @@ class Grasp(_Sensitivity):
 
     def scored(self, loss: LossOfWeights, total: int, generator: torch.Generator) -> tuple[Masks, Masks]:
         with torch.no_grad():
-            classes = loss.output(loss.weights, loss.sample.next()).shape[1]
-        batches = loss.sample.of_each_class(self.per_class, classes)
+            output = loss.output(loss.weights, loss.sample.next())
+        if not isinstance(output, Tensor) or output.dim() != 2:
+            raise UsageError("`sparse_init` grasp takes images of each class: the model must give [images, classes]")
+        batches = loss.sample.of_each_class(self.per_class, output.shape[1])
         shares = [len(y) / sum(len(y) for _, y in batches) for _, y in batches]
         gradient = {name: torch.zeros_like(weight) for name, weight in loss.weights.items()}
         flow = {name: torch.zeros_like(weight) for name, weight in loss.weights.items()}

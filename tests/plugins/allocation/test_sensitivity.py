@@ -212,5 +212,10 @@ def test_what_cannot_be_is_one_clear_line():
         start(batches=data(), sparse_init_rounds=0)
     with pytest.raises(UsageError, match="needs add_module.*input_shape"):
         Masking.of("snip+connected", model, optimizer, density=0.2, steps=10, batches=data())
+    grasp = {"density": 0.2, "steps": 10, "loss": F.mse_loss}
+    with pytest.raises(UsageError, match="targets must be one class number an example"):
+        Masking.of("grasp", model, optimizer, batches=[(torch.zeros(4, 4).double(), torch.zeros(4, 3))], **grasp)
+    with pytest.raises(UsageError, match="the model must give .images, classes."):
+        Masking.of("grasp", model, optimizer, batches=[(torch.zeros(2, 4, 4).double(), torch.zeros(2, 4, 3))], **grasp)
     with pytest.raises(UsageError, match="`rounds` must be at least 1"):
         SynFlow(rounds=0)
