@@ -56,7 +56,7 @@ def of(
         epochs: parts of the run in which `lr_drops` and EAST's lengths are counted; 1 counts them as shares of it.
         seed: of everything random in the host.
         batches: pairs of training inputs and targets, such as a DataLoader, for methods that look at the data when
-            they begin: `snip`, `grasp`, `force`, `iter_snip`.
+            they begin (`snip`, `grasp`, `force`, `iter_snip`) or end (`suptickets`, for batch norms).
         loss: `loss(output, target)`, the mean loss of a batch, for the same.
         settings: any other flag of `train` that concerns the method, such as `death_rate=0.3`,
             `east_cyclic_length=50` or `growth_tau=0.1`.
