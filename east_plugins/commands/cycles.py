@@ -34,7 +34,7 @@ def main(argv: Sequence[str]) -> int:
     group.add_argument("--quiet", action="store_true", help="no progress, only the table")
     group.add_argument("--out", required=True, type=flags.folder, metavar="DIR", help="folder of the stages' runs")
     sources.add_flags(parser)
-    for name in ("--start", "--order-seed", "--keep-weights"):  # the program's to say
+    for name in ("--start", "--order-seed", "--keep-weights", "--limit-steps"):  # the program's to say
         flags.option_strings(parser)[name].help = argparse.SUPPRESS
     given = vars(parser.parse_args(argv))
     out, images, quiet = (given.pop(name) for name in ("out", "images", "quiet"))

@@ -23,7 +23,7 @@ from .trainer import train
 
 METHOD = "static"  #: where none is named
 OTHER_ORDER = 7919  #: what is added to the seed of the images' order from stage to stage
-OF_A_STAGE = ("density", "start", "order_seed", "keep_weights", "sparse_init_run")  #: settings that the program gives
+OF_A_STAGE = ("start", "order_seed", "keep_weights", "sparse_init_run", "limit_steps")  #: not to be given
 
 
 @dataclass(frozen=True)
@@ -37,9 +37,9 @@ class Stage:
 
 def stages(program: Program, out: Path, settings: Mapping[str, Any]) -> list[Stage]:
     """All runs of a program, every one checked; `settings` are flags of `train` by name. Raises `UsageError`."""
-    for name in OF_A_STAGE[1:]:
+    for name in OF_A_STAGE:
         if settings.get(name) is not None:
-            raise UsageError(f"`{name}` cannot be given here: the program says what each stage begins with")
+            raise UsageError(f"`{name}` cannot be given here: the program says how each stage begins and ends")
     asked = sources.from_flags(settings, method=METHOD)
     density = asked.decided("density") if asked.method.split("+")[0] != "dense" else 1.0
     densities = program.densities(density)

@@ -21,7 +21,7 @@ def gradients(trainer: Trainer, count: int) -> dict[str, Tensor]:
     were, and no gradient is left behind. Where there are fewer images, all of them are used.
     """
     options, host = trainer.options, trainer.host
-    generator = torch.Generator().manual_seed((options.seed + 1) * 1_000_003 + host.steps)
+    generator = torch.Generator().manual_seed(((options.seed + 1) * 1_000_003 + host.steps) % 2**63)
     count = left = min(count, len(trainer.data.train))
     trainer.optimizer.zero_grad()
     with spared_buffers(trainer.model):

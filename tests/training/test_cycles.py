@@ -119,6 +119,7 @@ def test_the_command_writes_table_and_picture_and_goes_on_where_it_was_stopped(t
     ("--program sculpt --first-density 0.001 --density 0.1", "--first-density 0.001 is smaller than --density 0.1"),
     ("--program wr --rewind 3", "--rewind must be an epoch from 1 to 2, got 3"),
     ("--start runs/a", "--start cannot be given here"),
+    ("--limit-steps 3", "--limit-steps cannot be given here"),
     ("--cycles 0", "--cycles must be from 1 to 1000, got 0"),
 ])  # fmt: skip
 def test_programs_that_cannot_be_are_one_line_and_nothing_is_written(words, message, tmp_path, capsys):
