@@ -157,7 +157,7 @@ def by_density(records: Sequence[Mapping[str, Any]], period: int, path: Path, ti
             _curve(axes, criterion, criteria.index(criterion), points)
         axes.set(xscale="log", xlabel="density", title=f"{growth} growth")
         ticks = sorted({density for name, _, density, _ in found if name != "dense"})
-        axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
+        axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks], rotation=60, fontsize=8)
         axes.minorticks_off()
     panels[0].set_ylabel("test accuracy (%)")
     _finish(figure, panels[-1], path, title)
@@ -192,7 +192,7 @@ def by_period(records: Sequence[Mapping[str, Any]], value: str, label: str, path
                     axes.axhline(100 * still[0], color="black", linestyle=":", linewidth=1, label=criterion)
             ticks = sorted({p for *_, p in found if p})
             axes.set(xscale="log", title=f"{growth} growth, density {density:g}")
-            axes.set_xticks(ticks, [str(tick) for tick in ticks])
+            axes.set_xticks(ticks, [str(tick) for tick in ticks], rotation=60, fontsize=8)
             axes.minorticks_off()
         line[0].set_ylabel(label)
     for axes in panels[-1]:
@@ -246,7 +246,7 @@ def matrix(pairs: Pairs, path: Path, title: str) -> None:
 def common(shares: Sequence[Sequence[Any]], path: Path) -> None:
     """Bars of the shares that all criteria keep or remove, beside what is expected of random masks."""
     kinds = list(dict.fromkeys((growth, density) for growth, density, *_ in shares))
-    figure = figures.figure(3.4 + 1.1 * len(kinds), 3.2)
+    figure = figures.figure(3.4 + 0.55 * len(kinds), 3.6)
     axes = figure.subplots()
     for k, label in enumerate(["kept by all", "removed by all"]):
         for i, kind in enumerate(kinds):
@@ -255,7 +255,7 @@ def common(shares: Sequence[Sequence[Any]], path: Path) -> None:
             axes.bar(i + 0.36 * k, value, 0.34, label=label if i == 0 else None, **figures.filled(k))
             axes.plot([i + 0.36 * k - 0.17, i + 0.36 * k + 0.17], [random] * 2, color="black", linewidth=2,
                       label="random masks" if i == k == 0 else None)  # fmt: skip
-    axes.set_xticks([i + 0.18 for i in range(len(kinds))], [f"{g}\n{d:g}" for g, d in kinds], fontsize=8)
+    axes.set_xticks([i + 0.18 for i in range(len(kinds))], [f"{g} {d:g}" for g, d in kinds], rotation=60, fontsize=8)
     axes.set(xlabel="growth and density", ylabel="share (%)", ylim=(0, 100))
     axes.legend(loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False, fontsize=8)
     figures.save(figure, path, "`out`")
