@@ -113,11 +113,6 @@ METHODS: dict[str, Preset] = {
         dict(growth="random", death="dormant", death_tau=0.01),
         update=1500,
     ),
-    "bidst": Preset(
-        "after Ji et al. 2024: variables of the mask follow their implicit gradient at every step",
-        dict(growth="gradient", death="bilevel", death_gamma=1.0),
-        update=1000,
-    ),
     "dynadiag": Preset(
         "after Tyagi et al. 2025: whole diagonals, by mean magnitude and mean gradient",
         dict(_RIGL, structure="diagonals"),

@@ -155,11 +155,11 @@ class RunningSNIP(Running):
 @pruning.register("bilevel", needs=("average",))
 @dataclass(frozen=True)
 class Bilevel(Running):
-    """What a mask's variable gains by keeping the weight, averaged over steps (after BiDST, Ji et al. 2024).
+    """What the mask gains by keeping the weight, averaged over steps (BiP, Zhang et al. 2022).
 
     The mask m is the upper level of a bi-level problem, the weights under it the lower one, with a penalty of `gamma`
-    / 2 * |w|^2. By its implicit gradient (BiP, Zhang et al. 2022, Equation 5) the loss falls by (g / gamma - w) * g as
-    m goes from 0 to 1, where g is the gradient of the masked weights.
+    / 2 * |w|^2. By its implicit gradient the loss falls by (g / gamma - w) * g as m goes from 0 to 1, where g is the
+    gradient of the masked weights.
     """
 
     gamma: float = option(1.0, "weight of the lower level's penalty", type=float)

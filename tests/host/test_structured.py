@@ -14,7 +14,7 @@ from east_plugins.plugins.structure.diagonals import diagonals
 from east_plugins.training import models
 
 SHAPE = (1, 8, 8)
-METHODS = ["srigl", "chase", "cht", "neurrev", "bidst", "dynadiag"]
+METHODS = ["srigl", "chase", "cht", "neurrev", "dynadiag"]
 
 
 def batches(count, shape=SHAPE, first=0):
