@@ -17,8 +17,13 @@ def train(out, *flags):
     [
         ("topkast", "13", ["--update-frequency", "3"]),
         ("suptickets", "57", []),
-        ("force", "7", ["--sparse-init-rounds", "3"]),
-        ("rigl", "14", ["--growth", "averaged_gradient", "--growth-batches", "4", "--update-frequency", "8"]),
+        pytest.param("force", "7", ["--sparse-init-rounds", "3"], marks=pytest.mark.slow),
+        pytest.param(
+            "rigl",
+            "14",
+            ["--growth", "averaged_gradient", "--growth-batches", "4", "--update-frequency", "8"],
+            marks=pytest.mark.slow,
+        ),
     ],
 )
 def test_a_run_that_stopped_goes_on_bit_for_bit(method, stop, flags, tmp_path):
