@@ -54,7 +54,8 @@ def main(argv: Sequence[str]) -> int:
         names, densities, out, seeds=numbers, workers=workers, backend=backend, finished=_tell, say=_say, **given
     )
     print(markdown(rows))
-    print(f"table: {out / 'table.md'}   plot: {out / 'accuracy.png'}   all of it: {out / 'report.html'}")
+    plot = f"   plot: {out / 'accuracy.png'}" if (out / "accuracy.png").exists() else ""  # none where none is tested
+    print(f"table: {out / 'table.md'}{plot}   all of it: {out / 'report.html'}")
     return 0
 
 

@@ -144,6 +144,7 @@ def _band(axes: Axes, label: str, points: Mapping[Any, Sequence[float]], style: 
     some = {x: values for x, values in sorted(points.items()) if values}
     if not some:
         return
+    style = {"marker": "o" if len(some) == 1 else None, "markersize": 4, **style}  # a point alone is no line
     axes.plot(list(some), [statistics.median(values) for values in some.values()], label=label, **style)
     lows, highs = [min(values) for values in some.values()], [max(values) for values in some.values()]
     axes.fill_between(list(some), lows, highs, color=style["color"], alpha=0.18, linewidth=0)
