@@ -24,7 +24,7 @@ from east_plugins.export.graph import trace
 from east_plugins.export.safetensors import to_safetensors
 from east_plugins.ops.paths import effective_density, on_path
 from east_plugins.plugins.activation import PhasedActivations, PhaseOut, attach, factory
-from east_plugins.plugins.allocation.saliency import synflow
+from east_plugins.plugins.allocation.saliency import SynFlow
 from east_plugins.plugins.transform.sharing import share
 from east_plugins.sparse import Engine
 
@@ -149,7 +149,7 @@ class Recurrent(nn.Module):
 def everything_that_substitutes(model, host):
     yield lambda: effective_density(model, host.masks, SHAPE)
     yield lambda: on_path(model, host.masks, SHAPE)
-    yield lambda: synflow(model, {n: int(m.sum()) for n, m in host.masks.items()}, SHAPE, torch.Generator())
+    yield lambda: SynFlow()(model, {n: int(m.sum()) for n, m in host.masks.items()}, SHAPE, torch.Generator())
     yield lambda: attach(model, factory("b"), SHAPE).remove()
     yield lambda: Engine(host, SHAPE, "sparse").remove()
 
@@ -526,6 +526,20 @@ class InstanceNormed(nn.Module):
 @pytest.mark.parametrize("track", [False, True])
 def test_instance_norms(affine, track):
     assert_trains_the_same(lambda: InstanceNormed(affine, track), density=0.1)
+
+
+class NormedAndActivated(nn.BatchNorm2d):
+    """A norm with an activation in its forward, as timm's."""
+
+    def forward(self, x):
+        return F.silu(super().forward(x))
+
+
+def test_norms_with_an_activation_in_them():
+    head = nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 5)
+    assert_trains_the_same(
+        lambda: nn.Sequential(conv(3, 16), NormedAndActivated(16), conv(16, 8), *copy.deepcopy(head))
+    )
 
 
 class Standardised(nn.Conv2d):

@@ -22,7 +22,7 @@ from ..ops.marks import PluginModule
 from ..ops.maskable import layers, maskable, unwrap
 from ..ops.modes import forked_rng
 from ..ops.substitute import spared_buffers
-from ..ops.swap import restore, swap
+from ..ops.swap import Swapped, restore, swap
 from .check import Check, unseen
 from .copies import CompiledCopies
 from .faster import Times
@@ -417,7 +417,10 @@ class _Hook:
 
 
 def _is_norm(module: nn.Module) -> bool:
-    return isinstance(module, (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d))
+    """Whether a module is a batch norm and no more: others' subclasses may have an activation in their forward."""
+    classes = (each for each in type(module).__mro__ if not issubclass(each, Swapped))
+    forward = next(vars(each)["forward"] for each in classes if "forward" in vars(each))
+    return isinstance(module, nn.modules.batchnorm._BatchNorm) and forward is nn.modules.batchnorm._BatchNorm.forward
 
 
 def _reads_all_channels(model: nn.Module) -> bool:
