@@ -104,7 +104,7 @@ def images(tmp_path_factory):
     ):
         (root / folder).mkdir()
         for name in names:
-            content = {"data": chance.integers(0, 256, (classes, 3072), np.uint8), label: list(range(classes))}
+            content = {"data": chance.integers(0, 256, (2 * classes, 3072), np.uint8), label: [*range(classes)] * 2}
             (root / folder / name).write_bytes(pickle.dumps(content, protocol=2))
     for part, count in (("train", 4), ("val", 1)):
         for name in ("a", "b", "c"):
