@@ -59,9 +59,9 @@ def test_the_largest_eigenvalue_is_that_of_the_explicit_hessian(sign, masked, no
         return sign * F.cross_entropy(output, target)
 
     exact = torch.linalg.eigvalsh(hessian(model, masks, x, y, loss))
-    found = landscape.largest_eigenvalue(model, masks, batches, loss, iterations=5000, tolerance=1e-13)
+    found = landscape.largest_eigenvalue(model, masks, batches, loss, iterations=3000, tolerance=1e-11)
     assert (sign > 0) == (abs(exact[-1]) > abs(exact[0]))  # minus the loss: the largest is not the one of largest size
-    assert found == pytest.approx(float(exact[-1]), rel=1e-5, abs=1e-8)
+    assert found == pytest.approx(float(exact[-1]), rel=1e-4, abs=1e-7)
     assert all(p.grad is None for p in model.parameters())
 
 
