@@ -774,3 +774,78 @@ def test_masks_that_do_not_fit_are_refused_in_one_line(masks, message):
         trace(Plain(), masks, SHAPE)
     with pytest.raises(UsageError, match=message):
         to_safetensors(Plain(), masks)
+
+
+def test_adam_on_weights_in_float16_is_one_line():
+    """Zeros would become NaN: 0 / (sqrt(0) + eps), and eps is 0 there."""
+    model = nn.Linear(20, 5).half()
+    host = Masking(torch.optim.AdamW(model.parameters(), 1e-3))
+    with pytest.raises(UsageError, match="eps=1e-08 makes NaN of inactive weights in float16"):
+        host.add_module(model, density=0.3)
+    model = nn.Linear(20, 5).half()
+    host = Masking(torch.optim.AdamW(model.parameters(), 1e-3, eps=1e-7), growth_mode="random", update_frequency=2)
+    host.add_module(model, density=0.3)
+    for _ in range(5):
+        host.optimizer.zero_grad()
+        model(torch.ones(4, 20).half()).square().mean().backward()
+        host.step()
+    assert model.weight.isfinite().all() and not model.weight[~host.masks["weight"]].any()
+
+
+@pytest.mark.parametrize("value", [float("inf"), float("nan")])
+@pytest.mark.parametrize("engine", [None, "dense", "sparse"])
+def test_an_infinite_gradient_of_an_inactive_weight_leaves_nothing(engine, value):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Flatten(), nn.Linear(288, 5))
+    host = Masking(torch.optim.SGD(model.parameters(), 0.01, momentum=0.9), growth_mode="gradient", update_frequency=9)
+    host.add_module(model, density=0.3)
+    if engine:
+        Engine(host, (3, 8, 8), engine)
+    for step in range(8):
+        host.optimizer.zero_grad()
+        model(torch.randn(8, 3, 8, 8)).square().mean().backward()
+        if step == 2:
+            row, column = (~host.masks["4.weight"]).nonzero()[0]
+            model[4].weight.grad[row, column] = value
+        host.step()
+    assert all(parameter.isfinite().all() for parameter in model.parameters())
+    assert all(not weight[~host.masks[name]].any() for name, weight in host.weights.items())
+
+
+def test_a_host_that_is_collected_in_the_middle_of_a_step_disturbs_nobody():
+    model = nn.Linear(20, 5)
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    forgotten = []
+    optimizer.register_step_pre_hook(lambda *_: forgotten.clear())
+    for _ in range(3):
+        forgotten.append(host_of(nn.Linear(8, 8)))
+        model(torch.ones(2, 20)).sum().backward()
+        optimizer.step()
+
+
+def host_of(model):
+    host = Masking(torch.optim.SGD(model.parameters(), 0.1))
+    host.add_module(model, density=0.3)
+    return host
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("engine", ["dense", "sparse"])
+def test_two_thousand_updates_are_exact_and_take_no_memory(engine):
+    """A soak: counts at every update, and memory at the end as after the first hundred."""
+    resource = pytest.importorskip("resource")
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3), nn.Flatten(), nn.Linear(128, 5))
+    host = Masking(torch.optim.SGD(model.parameters(), 0.01, momentum=0.9), growth_mode="gradient", update_frequency=1)
+    host.add_module(model, density=0.2)
+    Engine(host, (3, 8, 8), engine)
+    wanted, peaks = round(0.2 * host.theoretical_size), {}
+    x = torch.randn(8, 3, 8, 8)
+    for step in range(2001):
+        host.optimizer.zero_grad()
+        model(x).square().mean().backward()
+        host.step()
+        assert host.nonzeros == wanted == sum(int(mask.sum()) for mask in host.masks.values())
+        assert not any(weight[~host.masks[name]].any() for name, weight in host.weights.items())
+        peaks[step] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    assert peaks[2000] - peaks[100] < 8 * 1024  # KiB

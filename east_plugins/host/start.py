@@ -85,6 +85,7 @@ class Start:
         if not holds(optimizer, (each.weight for each in chosen.values())):
             raise UsageError("the optimizer has none of the model's conv and linear weights: is it another model's?")
         structured.check_start(sparse_init[2], input_shape, schedule)
+        _check_halves(optimizer, chosen)
         if keep_connected or allocation.follows:
             check_followed("keep_connected" if keep_connected else f"`sparse_init` {allocation.name}", chosen)
         elif structured.follows(sparse_init[2]):
@@ -100,3 +101,14 @@ class Start:
         total, exact = wanted(self.schedule, 0, self.final, room), self.schedule.density(0) * self.size
         drawn = draw(self.allocation, self.model, self.chosen, exact, total, self.shape, generator, sample)
         return distributed.from_rank_0(drawn)
+
+
+def _check_halves(optimizer: torch.optim.Optimizer, chosen: Mapping[str, Chosen]) -> None:
+    """Adam divides by `eps` where a weight has had no gradient; in float16 the usual one is 0, and 0 / 0 is NaN."""
+    halves = [name for name, each in chosen.items() if each.weight.dtype == torch.float16]
+    smallest = min((group["eps"] for group in optimizer.param_groups if "eps" in group), default=1.0)
+    if halves and torch.tensor(smallest, dtype=torch.float16) == 0:
+        raise UsageError(
+            f"optimizer {type(optimizer).__name__} with eps={smallest:g} makes NaN of inactive weights in float16 "
+            f"({halves[0]}), where that eps is 0: keep the weights in float32 under autocast, or give eps=1e-7"
+        )

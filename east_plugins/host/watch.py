@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import itertools
 import weakref
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -105,18 +107,28 @@ class Stepped:
         return next((p.grad for p in parameters if p.grad is not None), None)
 
 
+#: The hosts that are alive, oldest first. The hooks stay for good: one that came off when a host is collected, in the
+#: middle of a step, would end that step with `OrderedDict mutated during iteration`.
+_hosts: weakref.WeakValueDictionary[int, Any] = weakref.WeakValueDictionary()
+_number = itertools.count()
+
+
 def attend(host: Any) -> None:
     """Have `host.before_step_of(optimizer)` and `host.after_step_of(optimizer)` called around every step of every
     optimizer of this process, for as long as the host lives."""
-    known = weakref.ref(host)
+    _hook_optimizers()
+    _hosts[next(_number)] = host
 
+
+@functools.cache
+def _hook_optimizers() -> None:
     def before(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
-        if (ours := known()) is not None:
-            ours.before_step_of(optimizer)
+        for host in list(_hosts.values()):
+            host.before_step_of(optimizer)
 
     def after(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
-        if (ours := known()) is not None:
-            ours.after_step_of(optimizer)
+        for host in list(_hosts.values()):
+            host.after_step_of(optimizer)
 
-    for handle in (register_optimizer_step_pre_hook(before), register_optimizer_step_post_hook(after)):
-        weakref.finalize(host, handle.remove)
+    register_optimizer_step_pre_hook(before)
+    register_optimizer_step_post_hook(after)

@@ -206,6 +206,22 @@ def test_a_full_disk_is_one_line_and_the_checkpoint_before_it_loads(stopped, mon
     assert runs.load_checkpoint(stopped / runs.CHECKPOINT)["epoch"] == 2
 
 
+def test_a_disk_that_is_really_full_is_one_line_and_the_checkpoint_loads(whole):
+    """A small tmpfs in a namespace of its own, where the system lets us have one."""
+    script = f"""set -e
+place=$(mktemp -d); mount -t tmpfs -o size=1500k none "$place"; mkdir "$place/run"
+cp {whole}/config.yaml {whole}/{runs.CHECKPOINT} "$place/run/"
+head -c 100m /dev/zero > "$place/filler" 2>/dev/null || true
+{sys.executable} -m east_plugins train --resume --quiet --save-every 0 --epochs 4 --out "$place/run" && exit 9
+rm "$place/filler"
+{sys.executable} -m east_plugins analyze "$place/run" --images 10 > /dev/null || exit 8
+"""
+    done = subprocess.run(["unshare", "-rm", "bash", "-c", script], capture_output=True, text=True, check=False)
+    if "unshare" in done.stderr or "mount" in done.stderr:
+        pytest.skip("no tmpfs of one's own here")
+    assert done.returncode == 0 and "No space left on device" in done.stderr and "Traceback" not in done.stderr
+
+
 def test_a_loss_that_is_not_finite_stops_where_asked(tmp_path, capsys, monkeypatch):
     flags = "--method rigl --model cnn --width 4 --data digits --limit 100 --density 0.3 --epochs 3".split()
     right, calls, out = torch.nn.functional.cross_entropy, iter(range(10**6)), tmp_path / "run"
