@@ -73,6 +73,8 @@ def jobs(
     _check(given)
     found: list[Job] = []
     names = grid.varied(file.blocks, _APART) if file else []
+    said = {name for name, some in given.items() if some is not None} | settings.keys()
+    narrowed = file is not None and any(name in said for block in file.blocks for name in block)  # blocks may coincide
     for block in (file.blocks if file else ()) or [{}]:
         block = {**block, **{name: [settings[name]] for name in block if name in settings}}
         lists = {name: _values(name, given[name], block, file if file and file.blocks else None) for name in _APART}
@@ -81,7 +83,9 @@ def jobs(
             base = {} if file is None else {"config": dataclasses.replace(file, blocks=()).at(of_grid)}
             varied = {name: _plain(others[name]) for name in names if name in others}
             for apart in _products(**lists):
-                found.append(_job(apart, varied, out, {**base, **settings}))
+                job = _job(apart, varied, out, {**base, **settings})
+                if not narrowed or all(job.options != other.options for other in found):
+                    found.append(job)
     places = [job.out for job in found]
     if twice := [place for i, place in enumerate(places) if place in places[:i]]:
         raise UsageError(f"`config` {config}: its grid has {twice[0].name} twice")

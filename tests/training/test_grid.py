@@ -72,6 +72,12 @@ def test_what_is_given_goes_before_the_grid_and_names_stay(grid):
     assert part[0].options == next(job.options for job in whole if job.out == part[0].out)
 
 
+def test_blocks_that_flags_make_the_same_are_run_once(grid):
+    config = grid("method: set\ndensity: 0.1\ngrid: [{lr: [0.1, 0.2]}, {lr: 0.3, seed: [0, 1]}]\n")
+    assert len(jobs(None, None, None, Path("c"), {"config": config})) == 4
+    assert names(jobs(None, None, [0], Path("c"), {"config": config, "lr": 0.5})) == ["set-0.9-lr=0.5-seed0"]
+
+
 def test_a_file_without_a_grid_leaves_the_defaults(grid):
     found = jobs(None, None, None, Path("c"), {"config": grid("")})
     assert len(found) == 6 and {job.method for job in found} == {"set", "rigl", "east"}
