@@ -241,7 +241,7 @@ class Masking(Books, Pace):
 
     def target_nonzeros(self, step: int) -> int:
         """Active weights that the schedule asks for at `step`: exactly `density(step) / target` times the count
-        at the target, within what the (possibly shared) tensors can hold and one weight a layer."""
+        at the target, within what the (possibly shared) tensors can hold and one weight a layer; all at density 1."""
         return sum(self._updates.budgets_at(self.schedule, step).values())
 
     def is_at(self, step: int) -> bool:
