@@ -7,7 +7,6 @@ import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from ..errors import UsageError
 from ..options import flags, sources
 from . import parsing
 
@@ -45,7 +44,7 @@ def main(argv: Sequence[str]) -> int:
         given.pop(name) for name in ("methods", "sparsities", "seeds", "jobs", "out", "backend")
     )
     flags.check_size("jobs", workers, "--jobs")
-    densities, numbers = _numbers("--sparsities", sparsities, float), _numbers("--seeds", seeds, int)
+    densities, numbers = parsing.numbers("--sparsities", sparsities, float), parsing.numbers("--seeds", seeds, int)
     from ..training.compare import compare  # PyTorch is not waited for where a flag is wrong
     from ..training.table import markdown
 
@@ -74,12 +73,3 @@ def _tell(job: Job, summary: dict[str, Any], number: int, count: int) -> None:
         file=sys.stderr,
         flush=True,
     )
-
-
-def _numbers(flag: str, text: str | None, kind: type) -> list[Any] | None:
-    if text is None:
-        return None
-    try:
-        return [kind(part) for part in text.split(",")]
-    except ValueError:
-        raise UsageError(f"{flag} must be numbers joined by commas, got {text!r}") from None

@@ -6,7 +6,9 @@ import argparse
 import sys
 import textwrap
 from pathlib import Path
+from typing import Any
 
+from ..errors import UsageError
 from ..options import flags
 
 
@@ -53,3 +55,13 @@ def add_backend(group: argparse._ArgumentGroup) -> None:
         default="local",
         help="processes of this machine, spread over its GPUs, or tasks of a Ray cluster (default: local)",
     )
+
+
+def numbers(flag: str, text: str | None, kind: type) -> list[Any] | None:
+    """`0.9,0.99` as numbers of a kind, None as it is; raises `UsageError` naming the flag."""
+    if text is None:
+        return None
+    try:
+        return [kind(part) for part in text.split(",")]
+    except ValueError:
+        raise UsageError(f"{flag} must be numbers joined by commas, got {text!r}") from None

@@ -7,7 +7,6 @@ import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from ..errors import UsageError
 from ..options import flags, sources
 from ..options.programs import STUDY
 from . import parsing
@@ -44,7 +43,7 @@ def main(argv: Sequence[str]) -> int:
     given = vars(parser.parse_args(argv))
     out, workers, backend, low = (given.pop(name) for name in ("out", "jobs", "backend", "low"))
     flags.check_size("jobs", workers, "--jobs")
-    lists = {name: _list(f"--{name}", given.pop(name), kind) for name, kind in
+    lists = {name: parsing.numbers(f"--{name}", given.pop(name), kind) for name, kind in
              (("criteria", str), ("growths", str), ("densities", float), ("periods", int), ("seeds", int))}  # fmt: skip
     from ..measure import study_report  # PyTorch is not waited for where a flag is wrong
     from ..training import study
@@ -79,12 +78,3 @@ def _say(line: str) -> None:
 
 def _tell(job: Job, summary: dict[str, Any], number: int, count: int) -> None:
     _say(f"{number:>4}/{count}  {job.out.name}  test {summary['test_accuracy']:.2%}  {summary['seconds']:.0f} s")
-
-
-def _list(flag: str, text: str | None, kind: type) -> list[Any] | None:
-    if text is None:
-        return None
-    try:
-        return [kind(part) for part in text.split(",")]
-    except ValueError:
-        raise UsageError(f"{flag} must be numbers joined by commas, got {text!r}") from None

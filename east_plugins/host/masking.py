@@ -20,14 +20,14 @@ from ..plugins.allocation.sample import Loss, Sample
 from ..plugins.protocols import HostPlugin, Moment, Structure
 from . import hooks, presets, structured
 from .books import Books
-from .budgets import Allocation
 from .choice import Exclude
 from .gradients import MeanGradients, accumulate, all_finite
 from .layers import Column, MaskedWeight
-from .norms import gradient_norm
+from .norms import Clipping
 from .optimizer_state import holds, momentum_factor, state_names
 from .pace import Pace
 from .packed import PackedState
+from .saved import Saved
 from .scaling import skipped, unscale
 from .start import Start
 from .stepping import Stepping
@@ -38,7 +38,7 @@ from .watch import Stepped, attend
 logger = logging.getLogger(__name__)
 
 
-class Masking(Books, Pace):
+class Masking(Clipping, Saved):
     """Sparse training host with ITOP's call surface: exact counts, any device, any registered rule.
 
         mask = Masking(optimizer, death_rate=0.5, death_mode="magnitude", growth_mode="gradient",
@@ -399,101 +399,6 @@ class Masking(Books, Pace):
         generator = torch.Generator().set_state(self.generator.get_state())
         return self._updates.removed(rules, death_rate, generator)
 
-    def gradient_norm(self, of: str = "active", norm_type: float = 2.0) -> Tensor:
-        """Norm of all gradients of the model as one vector: `of` the "active" weights (and what is not masked), or of
-        "all", as a published script's own clipping counts them. The same with and without a sparse engine."""
-        engine = self.engine
-        dense = {} if engine is None else engine.dense_gradients()
-        if (
-            of == "all"
-            and engine is not None
-            and any(engine.holds_gradient(n) for n in self._records if n not in dense)
-        ):
-            raise UsageError(
-                "the norm of all gradients needs dense ones, and the engine gave those of active weights only; "
-                "set mask.reads_dense_gradients = True before the first step"
-            )
-        model = unwrap(self._module("gradient_norm"))
-        return gradient_norm(model.parameters(), self._records, of, norm_type, dense)
-
-    def clip_grad_norm_(self, max_norm: float, of: str = "active", norm_type: float = 2.0) -> Tensor:
-        """`torch.nn.utils.clip_grad_norm_` for the model, by `gradient_norm`; returns that norm, before clipping.
-
-        Call it after `backward()` (with a gradient scaler, after `scaler.unscale_(optimizer)`).
-        """
-        norm = self.gradient_norm(of, norm_type)
-        torch.nn.utils.clip_grads_with_norm_(unwrap(self.modules[0]).parameters(), max_norm, norm)
-        return norm
-
-    # ------------------------------------------------------------------ state
-
-    def state_dict(self) -> dict[str, Any]:
-        """Masks, fired weights, step, random state and running averages: all that a resumed run needs."""
-        self._module("state_dict")
-        decay = self.death_rate_decay
-        return {
-            "masks": dict(self.masks),
-            "fired_masks": dict(self.fired_masks),
-            "momentum": dict(Column(self._records, "momentum")),
-            **{kept: dict(Column(self._records, kept)) for kept in ("average", "mean_grad", "memory")},
-            "averaged": self._mean.count,
-            "plugins": hooks.states(self.plugins),
-            "steps": self.steps,
-            "put_off": self._put_off,
-            "death_rate": self.prune_rate,
-            "decay": decay.state_dict() if hasattr(decay, "state_dict") else None,
-            "drawn": self.allocation.drawn,
-            "generator": self.generator.get_state(),
-        }
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restore what `state_dict` gave, in place; inactive weights are zeroed.
-
-        Raises `UsageError` where the state's layers are not this model's.
-        """
-        self._module("load_state_dict")
-        if missing := {"masks", "steps"} - set(state):
-            raise UsageError(f"load_state_dict: this is no host's state, it has no {' and no '.join(sorted(missing))}")
-        masks = state["masks"]
-        if wrong := set(masks) ^ set(self.masks) or {n for n in masks if masks[n].shape != self.masks[n].shape}:
-            raise UsageError(f"the saved masks do not fit the model; layers that differ: {', '.join(sorted(wrong))}")
-        fired = state.get("fired_masks", {})
-        for name, record in self._records.items():
-            record.mask.copy_(masks[name])
-            record.fired.copy_(fired.get(name, record.mask))
-            for kept in ("momentum", "average", "mean_grad", "memory"):
-                value = state.get(kept, {}).get(name)
-                setattr(record, kept, None if value is None else value.to(record.weight.device, copy=True))
-        if state.get("decay") is not None:
-            self.death_rate_decay.load_state_dict(state["decay"])
-        elif hasattr(self.death_rate_decay, "get_dr"):  # ITOP's own classes only count
-            for _ in range(state["steps"] - self.steps):
-                self.death_rate_decay.step()
-        self.allocation.take(state.get("drawn"))
-        self.steps, self._put_off = state["steps"], state.get("put_off", False)
-        self.prune_rate = state.get("death_rate", self.prune_rate)
-        self._mean.count = state.get("averaged", 0)
-        hooks.restore(self.plugins, state.get("plugins", ()))
-        if "generator" in state:
-            self.generator.set_state(state["generator"].cpu())
-        self.apply_mask()
-
-    def __getstate__(self) -> dict[str, Any]:
-        self.packed.unpack()
-        left_out = ("_rules", "_stepping", "_stepped", "engine", "batches", "_offered", "_mean")
-        kept = {name: value for name, value in vars(self).items() if name not in left_out}
-        return kept | {"_by": self.optimizer, "_averaged": self._mean.count}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        optimizer, averaged = state.pop("_by"), state.pop("_averaged")
-        vars(self).update(state)
-        self.engine, self._stepped, self._offered, self.batches = None, Stepped(), None, None
-        self._bind_rules()
-        self._mean.count = averaged
-        self._stepping = Stepping(optimizer, self._records)
-        self._stepping.left()
-        attend(self)
-
     # ------------------------------------------------------------------ ITOP's and sparse_learning's names
 
     @property
@@ -525,14 +430,3 @@ class Masking(Books, Pace):
     def packed(self) -> PackedState:
         """The optimizer's state of weights that are stepped packed."""
         return self._stepping.packed
-
-    @property
-    def allocation(self) -> Allocation:
-        """How active weights are shared out over the layers."""
-        return self._updates.allocation
-
-    @property
-    def _updates(self) -> Updates:
-        if self._built is None:
-            raise UsageError("call add_module(model, density=...) first")
-        return self._built

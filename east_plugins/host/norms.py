@@ -1,13 +1,16 @@
-"""Norms of a host's gradients, of active weights alone or of all."""
+"""Norms of a host's gradients, of active weights alone or of all, and clipping by them."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..errors import UsageError
+from ..ops.maskable import unwrap
+from .books import Books
 from .layers import MaskedWeight
 
 OF = ("active", "all")
@@ -34,3 +37,35 @@ def gradient_norm(
             gradient = instead.get(id(parameter), parameter.grad)
             grads.append(gradient if record is None else record.active.values(gradient))
     return torch.nn.utils.get_total_norm(grads, norm_type)
+
+
+class Clipping(Books):
+    """The norm of a host's gradients, the same under every engine."""
+
+    engine: Any
+
+    def gradient_norm(self, of: str = "active", norm_type: float = 2.0) -> Tensor:
+        """Norm of all gradients of the model as one vector: `of` the "active" weights (and what is not masked), or of
+        "all", as a published script's own clipping counts them. The same with and without a sparse engine."""
+        engine = self.engine
+        dense = {} if engine is None else engine.dense_gradients()
+        if (
+            of == "all"
+            and engine is not None
+            and any(engine.holds_gradient(n) for n in self._records if n not in dense)
+        ):
+            raise UsageError(
+                "the norm of all gradients needs dense ones, and the engine gave those of active weights only; "
+                "set mask.reads_dense_gradients = True before the first step"
+            )
+        model = unwrap(self._module("gradient_norm"))
+        return gradient_norm(model.parameters(), self._records, of, norm_type, dense)
+
+    def clip_grad_norm_(self, max_norm: float, of: str = "active", norm_type: float = 2.0) -> Tensor:
+        """`torch.nn.utils.clip_grad_norm_` for the model, by `gradient_norm`; returns that norm, before clipping.
+
+        Call it after `backward()` (with a gradient scaler, after `scaler.unscale_(optimizer)`).
+        """
+        norm = self.gradient_norm(of, norm_type)
+        torch.nn.utils.clip_grads_with_norm_(unwrap(self.modules[0]).parameters(), max_norm, norm)
+        return norm

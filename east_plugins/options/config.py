@@ -4,18 +4,16 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from ..errors import UnknownNameError, UsageError
+from ..errors import UsageError
 from ..plugins import registry
-from ..plugins.density import check_density
 from ..plugins.protocols import Companion, DensitySchedule, RateDecay
-from . import east, methods, plugged
+from . import checks, east, methods, plugged
 from .east import EastOptions, ResolvedEast, scaled_steps
-from .flags import check_choices, check_size, option
+from .flags import check_choices, option
 from .inherit import Origins
 
 
@@ -33,9 +31,6 @@ def _whole_epochs(text: str) -> list[int]:
         return [int(part) for part in text.split(",") if part]
     except ValueError:
         raise argparse.ArgumentTypeError(f"must be whole numbers joined by commas, got {text!r}") from None
-
-
-LOGGERS = ("tensorboard", "csv", "wandb", "mlflow")
 
 
 def _loggers(text: str) -> list[str]:
@@ -187,8 +182,8 @@ class Config:
         "they would take over 3 % of the time"
     )  # fmt: skip
     loggers: list[str] | None = option(
-        None, f"where figures of every epoch go beside metrics.jsonl: {', '.join(LOGGERS)}, joined by commas, or none "
-        "(default: tensorboard where it is installed)", type=_loggers, metavar="NAME,NAME",
+        None, f"where figures of every epoch go beside metrics.jsonl: {', '.join(checks.LOGGERS)}, joined by commas, "
+        "or none (default: tensorboard where it is installed)", type=_loggers, metavar="NAME,NAME",
     )  # fmt: skip
     save_every: float | None = option(
         None, "minutes between checkpoints, inside epochs too (default: at ends of epochs, 30 seconds or more apart)",
@@ -217,84 +212,11 @@ class Config:
     def __post_init__(self) -> None:
         methods.preset(self.method, self.dctps)
         check_choices(self)
-        self._check_numbers()
-        self._check_names()
-        if self.recipe is not None and self.recipe not in methods.RECIPES:
-            raise UnknownNameError("`recipe`", self.recipe, methods.RECIPES)
-        if self.nesterov and not self._has_momentum:
-            raise UsageError(
-                f"`nesterov` needs `optimizer` sgd and `momentum` over 0, got {self.optimizer} and {self.momentum:g}"
-            )
-        if self.save_every is not None and not 0 <= self.save_every < math.inf:
-            raise UsageError(f"`save_every` must be minutes from 0, got {self.save_every}")
-        if self.clip_norm is not None and not 0 < self.clip_norm < math.inf:
-            raise UsageError(f"`clip_norm` must be over 0, got {self.clip_norm}")
-        if self.clip_norm_of is not None and self.decided("clip_norm") is None:
-            raise UsageError("`clip_norm_of` needs `clip_norm`")
-        if self.compile and self.engine == "sparse":
-            raise UsageError("`compile` goes with `engine` dense: the sparse engine has compiled kernels of its own")
-        if self.cuda_graph and self.engine == "sparse":
-            raise UsageError("`cuda_graph` goes with `engine` dense: a graph holds the operations of one topology else")
-        if self.cuda_graph and self.update_batch is not None:
-            raise UsageError("`cuda_graph` holds one batch's passes: `update_batch` needs others")
-        self._check_method()
-
-    def _check_method(self) -> None:
-        preset, schedule = self.preset, self.chosen().get("density_schedule", "constant")
-        cyclic = preset.settings.get("east_cyclic") if self.east.cyclic is None else self.east.cyclic
-        if (preset.static or self.fix) and self.update_frequency is not None:
-            still = "`fix`" if self.fix else f"`method` {self.method}"
-            raise UsageError(f"{still} has no topology updates: `update_frequency` needs a run that has")
-        if self.fix and (cyclic or schedule != "constant"):
-            raise UsageError("`fix` keeps the topology: allowed is a constant density")
-        if cyclic and schedule != "constant":
-            raise UsageError(
-                f"`method` {self.method}: `east_cyclic` and `density_schedule` {schedule} both set the density over "
-                "time; allowed with cycles is constant"
-            )
-
-    def _check_numbers(self) -> None:
-        if self.density is not None:
-            check_density(self.density)
-        for name in ("epochs", "update_frequency", "limit", "limit_steps", "update_batch"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise UsageError(f"`{name}` must be at least 1, got {value}")
-        for name in ("batch_size", "threads", "width", "image_size"):
-            check_size(name, getattr(self, name))
-        seeds = (-(2**63), 2**64 - 1)
-        ranges = dict(lr=(0, 1e6), weight_decay=(0, 1e6), death_rate=(0, 1), seed=seeds, order_seed=seeds)
-        for name, (low, high) in ranges.items():
-            value = getattr(self, name)
-            if value is not None and not low <= value <= high:
-                raise UsageError(f"`{name}` must be in [{low}, {high}], got {value}")
-        if not 0 <= self.momentum < 1:
-            raise UsageError(f"`momentum` must be from 0 on and below 1, got {self.momentum}")
-        for name in self.loggers or ():
-            if name not in LOGGERS:
-                raise UnknownNameError("`loggers`", name, LOGGERS)
-        if self.device == "":
-            raise UsageError("`device` is empty: allowed are cpu, cuda, cuda:1, ...")
-        if not 0 <= self.warmup <= self.epochs:
-            raise UsageError(f"`warmup` must be in [0, {self.epochs}] epochs, got {self.warmup}")
-        if wrong := [epoch for epoch in self.keep_weights or () if not 0 <= epoch <= self.epochs]:
-            raise UsageError(f"`keep_weights` must be epochs from 0 to {self.epochs}, got {wrong[0]}")
-        for epoch in self.lr_drops or ():
-            if not 0 <= epoch < math.inf:
-                raise UsageError(f"`lr_drops` must be epochs from 0 on, got {epoch}")
-
-    def _check_names(self) -> None:
-        named = (
-            "growth", "death", "redistribution", "structure", "sparse_init", "density_schedule", "decay_schedule",
-            "companion",
-        )  # fmt: skip
-        for name in named:
-            plugged.BY_SETTING[name].entry(getattr(self, name))
-        if self.density_schedule == "cyclic":
-            raise UsageError("`density_schedule` cyclic is `east_cyclic`, which has its numbers")
+        checks.check(self)
 
     @property
-    def _has_momentum(self) -> bool:
+    def has_momentum(self) -> bool:
+        """Whether the optimizer is SGD with momentum."""
         return self.optimizer == "sgd" and self.momentum > 0
 
     @property
@@ -326,7 +248,7 @@ class Config:
         values = methods.RECIPES[self.recipe].values() if self.recipe else {}
         if self.optimizer != "sgd":
             values.pop("lr_drops", None)
-        if not self._has_momentum:
+        if not self.has_momentum:
             values.pop("nesterov", None)
         return values
 

@@ -155,13 +155,13 @@ def test_a_target_that_cannot_be_written_is_refused(run, tmp_path, capsys):
 
 
 def test_an_unsupported_layer_is_refused(tmp_path, capsys, monkeypatch):
-    (tmp_path / "mine.py").write_text(
+    (tmp_path / "gated_network.py").write_text(
         "from torch import nn\n\n\ndef gated(model):\n    model.fc = nn.Sequential(model.fc, nn.Softplus())\n"
     )
     monkeypatch.syspath_prepend(tmp_path)
     folder, out = tmp_path / "run", tmp_path / "out"
     flags = "--data digits --limit 64 --model resnet20 --width 4 --epochs 1 --density 0.1 --method rigl --device cpu"
-    assert main(["train", *flags.split(), "--quiet", "--transform", "mine:gated", "--out", str(folder)]) == 0
+    assert main(["train", *flags.split(), "--quiet", "--transform", "gated_network:gated", "--out", str(folder)]) == 0
     capsys.readouterr()
     for format in ("c", "onnx"):
         error = refused(capsys, "export", folder, "--format", format, "--out", out)
