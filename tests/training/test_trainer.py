@@ -1,5 +1,6 @@
 """The trainer through its command line: what a run leaves, resuming, interrupting, refusals."""
 
+import dataclasses
 import json
 import os
 import re
@@ -13,11 +14,13 @@ import pytest
 import torch
 import yaml
 
-from east_plugins import __version__
+from east_plugins import Config, __version__
 from east_plugins.__main__ import main
 from east_plugins.errors import UsageError
+from east_plugins.options.methods import METHODS
 from east_plugins.options.sources import from_flags
 from east_plugins.training import runs
+from east_plugins.training.interrupts import caught
 from east_plugins.training.progress import Progress, duration
 from east_plugins.training.trainer import Trainer
 from east_plugins.training.trainer import train as train_run
@@ -487,3 +490,29 @@ def test_the_checkpoint_of_a_large_sparse_network_is_small(tmp_path):
     options = from_flags({"method": "rigl+connected", "model": "resnet34", "density": 0.001, "epochs": 2, "limit": 300})
     train_run(options, tmp_path, quiet=True)
     assert (tmp_path / runs.CHECKPOINT).stat().st_size < 3_000_000
+
+
+class Unread:
+    """Test images that nobody may look at."""
+
+    def to(self, device):
+        return self
+
+    def __len__(self):
+        return 7
+
+    def __getattr__(self, name):
+        raise AssertionError(f"the test set was read: {name}")
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_no_method_reads_the_test_set_before_the_end(method, tmp_path):
+    short = dict(model="resnet20", width=4, data="digits", limit=160, epochs=6, batch_size=8, threads=1, engine="dense")
+    options = Config(method=method, **short, density=None if method == "dense" else 0.08)
+    data = dataclasses.replace(runs.load_data(options), test=Unread())
+    trainer = Trainer(options, tmp_path, data)
+    with caught() as interrupt, Progress(trainer, quiet=True) as progress:
+        while trainer.epoch < trainer.options.epochs:
+            trainer.run_epoch(interrupt, progress)
+    with pytest.raises(AssertionError, match="the test set was read"):
+        trainer.finish()
