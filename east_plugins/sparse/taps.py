@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import ctypes
 import functools
-from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
@@ -73,19 +72,19 @@ class TapConvolution:
         sorted_taps = (t[order].contiguous() for t in (self.source, self.target, self.row, self.column))
         key, read, row, column = sorted_taps
         self.by_input = _Side(key, inputs, read, row, column, order.int())
-        self._blocks: dict[tuple[int, int], BlockConvolution] = {}
+        self._passes: dict[tuple[int, int], BlockConvolution | RowConvolution] = {}
 
     def __call__(self, x: Tensor, values: Tensor) -> Tensor:
         """[N, inputs, H, W] and the active values [taps] to [N, outputs, H', W'], both differentiable."""
         return _Convolve.apply(x.to(values.dtype), values, self)
 
-    def blocks(self, height: int, width: int) -> BlockConvolution | None:
-        """The same by blocks of channels, where each channel is read by so many taps that copying it pays."""
-        if len(self.target) < max(1, MANY * max(self.inputs, self.outputs)) or max(self.stride) > 30:
-            return None
-        if (height, width) not in self._blocks:
-            self._blocks[height, width] = BlockConvolution(self, height, width)
-        return self._blocks[height, width]
+    def passes(self, height: int, width: int) -> BlockConvolution | RowConvolution:
+        """The passes for one size of planes: by blocks of channels, where each channel is read by so many taps that
+        copying it pays."""
+        if (height, width) not in self._passes:
+            few = len(self.target) < max(1, MANY * max(self.inputs, self.outputs)) or max(self.stride) > 30
+            self._passes[height, width] = (RowConvolution if few else BlockConvolution)(self, height, width)
+        return self._passes[height, width]
 
     def geometry(self, height: int, width: int) -> _Geometry:
         sizes = zip((height, width), self.kernel_size, self.stride, self.padding, self.dilation, strict=True)
@@ -134,19 +133,52 @@ class _Geometry:
         return kernel.Geometry(images, *written, *read, rows.kernel, columns.kernel, most, *pointers)
 
 
+class RowConvolution:
+    """The passes of a `TapConvolution` for one size of planes, row by row of what is written (`taps.c`)."""
+
+    def __init__(self, taps: TapConvolution, height: int, width: int):
+        geometry = taps.geometry(height, width)
+        self._taps, self._geometry, self._sides = taps, geometry, (_side(taps.by_output), _side(taps.by_input))
+        self._listed = tuple(map(kernel.pointer, (taps.target, taps.source, taps.row, taps.column)))
+        self._shape = taps.outputs, geometry.rows.out, geometry.columns.out
+
+    def convolve(self, x: Tensor, values: Tensor) -> Tensor:
+        """[inputs, H, W, N] to [outputs, H', W', N]."""
+        out = x.new_empty(*self._shape, x.shape[3])
+        self._gather(False, values, x, out)
+        return out
+
+    def input_gradient(self, grad: Tensor, values: Tensor, like: Tensor) -> Tensor:
+        grad_x = torch.empty_like(like)
+        self._gather(True, values, grad, grad_x)
+        return grad_x
+
+    def weight_gradient(self, grad: Tensor, x: Tensor) -> Tensor:
+        """Of every tap, in float64."""
+        total = torch.empty(len(self._taps.target), dtype=torch.float64)
+        struct = ctypes.byref(self._geometry.struct(x.shape[3], 0))
+        tensors = map(kernel.pointer, (grad, x, total))
+        kernel.load(x.dtype).weight_gradient(struct, len(total), *self._listed, *tensors)
+        return total
+
+    def _gather(self, backward: bool, values: Tensor, x: Tensor, out: Tensor) -> None:
+        side = self._taps.by_input if backward else self._taps.by_output
+        struct = ctypes.byref(self._geometry.struct(x.shape[3], side.most, backward))
+        tensors = map(kernel.pointer, (values, x, out))
+        kernel.load(x.dtype).gather(struct, side.channels, *self._sides[backward], *tensors)
+
+
+def _side(side: _Side) -> tuple[ctypes.c_void_p, ...]:
+    return tuple(map(kernel.pointer, (side.begin, side.read, side.row, side.column, side.order)))
+
+
 class _Convolve(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x: Tensor, values: Tensor, taps: TapConvolution) -> Tensor:
         x, values = planes(x), values.contiguous()
-        _, height, width, images = x.shape
-        blocks, geometry = taps.blocks(height, width), taps.geometry(height, width)
         ctx.save_for_backward(x, values)
-        ctx.taps, ctx.geometry, ctx.blocks = taps, geometry, blocks
-        if blocks is not None:
-            return images_first(blocks.convolve(x, values))
-        out = x.new_empty(taps.outputs, geometry.rows.out, geometry.columns.out, images)
-        _gather(geometry.struct(images, taps.by_output.most), taps.by_output, values, x, out)
-        return images_first(out)
+        ctx.passes = taps.passes(*x.shape[1:3])
+        return images_first(ctx.passes.convolve(x, values))
 
     @staticmethod
     @once
@@ -154,32 +186,7 @@ class _Convolve(torch.autograd.Function):
         x, values = ctx.saved_tensors
         grad, grad_x, grad_values = planes(grad), None, None
         if ctx.needs_input_grad[0]:
-            grad_x = _input_gradient(ctx, grad, values, x).permute(3, 0, 1, 2)
+            grad_x = ctx.passes.input_gradient(grad, values, x).permute(3, 0, 1, 2)
         if ctx.needs_input_grad[1]:
-            grad_values = _weight_gradient(ctx, grad, x).to(values.dtype)
+            grad_values = ctx.passes.weight_gradient(grad, x).to(values.dtype)
         return grad_x, grad_values, None
-
-
-def _input_gradient(ctx, grad: Tensor, values: Tensor, x: Tensor) -> Tensor:
-    if ctx.blocks is not None:
-        return ctx.blocks.input_gradient(grad, values, x)
-    side, grad_x = ctx.taps.by_input, torch.empty_like(x)
-    _gather(ctx.geometry.struct(x.shape[3], side.most, backward=True), side, values, grad, grad_x)
-    return grad_x
-
-
-def _weight_gradient(ctx, grad: Tensor, x: Tensor) -> Tensor:
-    """Of every tap, in float64."""
-    if ctx.blocks is not None:
-        return ctx.blocks.weight_gradient(grad, x)
-    taps = ctx.taps
-    total = torch.empty(len(taps.target), dtype=torch.float64)
-    tensors = (taps.target, taps.source, taps.row, taps.column, grad, x, total)
-    struct = ctx.geometry.struct(x.shape[3], 0)
-    kernel.load(x.dtype).weight_gradient(ctypes.byref(struct), len(total), *map(kernel.pointer, tensors))
-    return total
-
-
-def _gather(struct: kernel.Geometry, side: _Side, values: Tensor, x: Tensor, out: Tensor) -> None:
-    tensors: Sequence[Tensor | None] = (side.begin, side.read, side.row, side.column, side.order, values, x, out)
-    kernel.load(x.dtype).gather(ctypes.byref(struct), side.channels, *map(kernel.pointer, tensors))
