@@ -20,7 +20,9 @@ from torch import Tensor
 
 from ..errors import UsageError
 from ..ops.vision import import_torchvision
-from .datasets import SOURCES, Labelled, Source, open_image, source_of, stratified
+from .datasets import SOURCES, Labelled, Source, Splits, open_image, source_of, stratified
+
+Kept = dict[tuple[str, str, int | None], Splits]  #: what was read last, by name, folder and size
 
 IMAGENET_MEAN, IMAGENET_STD = (123.675, 116.28, 103.53), (58.395, 57.12, 57.375)
 
@@ -211,6 +213,7 @@ def load(
     download: bool = False,
     split: str = "stratified",
     crop_padding: str = "zero",
+    kept: Kept | None = None,
 ) -> Data:
     """The data set called `name`, read from `data_dir`.
 
@@ -221,6 +224,7 @@ def load(
     `crop_padding`: what random crops find beyond an image's edge, "zero" or "reflect".
     `limit`: keep only so many training images, validation included.
     `download`: get the files first, where torchvision can.
+    `kept`: what was read by the calls before; takes up what is read here in its place, for runs one after another.
 
     Raises `UnknownNameError`, `UsageError` where files or values are not as they should be.
     """
@@ -228,7 +232,11 @@ def load(
     _check(name, source, data_dir, image_size, validation, limit, download)
     if download and not source.table:
         getattr(import_torchvision().datasets, source.torchvision)(data_dir, download=True)
-    train, test = source.read(data_dir and Path(data_dir), image_size)
+    key = name, str(data_dir), image_size
+    train, test = (kept or {}).get(key) or source.read(data_dir and Path(data_dir), image_size)
+    if kept is not None:
+        kept.clear()  # one data set is enough: many do not fit
+        kept[key] = train, test
     num_classes = int(train[1].max()) + 1
     if limit is not None:
         train = _some(train, limit)

@@ -22,6 +22,7 @@ import torch
 
 from ..errors import Interrupted, InUseError
 from ..options.config import Config
+from .images import Kept
 from .jobs import Job
 from .trainer import train
 
@@ -36,8 +37,9 @@ Outcome = tuple[Job, dict[str, Any] | Exception]
 def run(todo: Sequence[Job], workers: int = 1) -> Iterator[Outcome]:
     """Train every job, `workers` at a time. A run whose process dies is tried once more."""
     if workers == 1 or len(todo) < 2:
+        kept: Kept = {}  # reading the files can take longer than a short run
         for job in todo:
-            yield job, result(functools.partial(train_job, job.options, job.out))
+            yield job, result(functools.partial(train_job, job.options, job.out, kept))
         return
     waiting, died = deque(todo), list[Job]()
     while waiting:
@@ -64,12 +66,13 @@ def least_busy(names: Sequence[str | None], running: Sequence[str | None]) -> st
     return min(names, key=lambda name: busy[name])
 
 
-def train_job(options: Config, out: Path) -> dict[str, Any]:
-    """Train one job, or go on with it; wait where a run that lost its parent still saves in its folder."""
+def train_job(options: Config, out: Path, kept: Kept | None = None) -> dict[str, Any]:
+    """Train one job, or go on with it; wait where a run that lost its parent still saves in its folder. `kept` as of
+    `train`."""
     ends = time.monotonic() + GRACE + 5
     while True:
         try:
-            return train(options, out, resume=True, quiet=True)
+            return train(options, out, resume=True, quiet=True, kept=kept)
         except InUseError:
             if time.monotonic() > ends:
                 raise

@@ -157,7 +157,8 @@ def device(name: str | None) -> torch.device:
     return found
 
 
-def load_data(options: Config) -> images.Data:
+def load_data(options: Config, kept: images.Kept | None = None) -> images.Data:
+    """A run's images; `kept` as of `images.load`."""
     return images.load(
         options.data,
         options.data_dir,
@@ -168,6 +169,7 @@ def load_data(options: Config) -> images.Data:
         options.download,
         split=options.decided("validation_split"),
         crop_padding=options.decided("crop_padding"),
+        kept=kept,
     )
 
 

@@ -29,7 +29,7 @@ from ..plugins import registry
 from ..sparse import Engine
 from . import loggers, runs, state, update_batch
 from .graphed import GraphedStep
-from .images import Batches, Data, Images
+from .images import Batches, Data, Images, Kept
 from .interrupts import Interrupt, caught
 from .progress import Progress
 from .signals import Signals
@@ -51,13 +51,15 @@ def train(
     resume: bool = False,
     quiet: bool = False,
     on_epoch: Callable[[dict[str, Any]], object] | None = None,
+    kept: Kept | None = None,
 ) -> dict[str, Any]:
     """Train one network and return its summary; everything is written to the directory `out`.
 
         train(Config(method="rigl+connected", model="resnet20", density=0.01, epochs=12), "runs/a")
 
     With `limit_steps` in `options` the run stops there, unfinished, and what is returned says so (`unfinished`).
-    `on_epoch` is called after every epoch with its line of `metrics.jsonl`, for loggers of one's own.
+    `on_epoch` is called after every epoch with its line of `metrics.jsonl`, for loggers of one's own. `kept`, a
+    dictionary, empty at first, keeps the images in memory for the next call with the same data.
     With `resume` an unfinished run in `out` goes on where it stopped, and a finished one is only read. Raises
     `UsageError` for what cannot be (before anything is written), where another process trains in `out`, and in a
     process of several (torchrun); `Interrupted` after saving on Ctrl-C, SIGTERM and SIGHUP; `EastError` where a file
@@ -78,7 +80,7 @@ def train(
     if runs.device(options.device).type == "cpu":
         memory.keep_freed()
     with options.origins.told():
-        trainer = Trainer(options, out)
+        trainer = Trainer(options, out, runs.load_data(options, kept))
     runs.make_folder(out)
     with files.locked(out):
         if (out / runs.CONFIG).exists() and not resume:  # made meanwhile

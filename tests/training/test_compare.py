@@ -9,7 +9,7 @@ import pytest
 
 from east_plugins.__main__ import main
 from east_plugins.errors import Interrupted
-from east_plugins.training import runs
+from east_plugins.training import datasets, images, runs
 from east_plugins.training.compare import compare as training_compare
 from east_plugins.training.jobs import Job
 from east_plugins.training.table import as_csv, collect, markdown
@@ -38,6 +38,22 @@ def test_table_plot_and_resuming(jobs, tmp_path, capsys):
     assert compare(tmp_path, *flags, jobs) == 0
     assert {path: path.stat().st_mtime_ns for path in stamps} == stamps
     assert (tmp_path / "table.md").read_text() == table
+
+
+def test_runs_one_after_another_read_their_images_once_and_are_the_same_as_alone(tmp_path, monkeypatch):
+    digits, read = datasets.SOURCES["digits"], []
+    counting = digits._replace(read=lambda *where: read.append(where) or digits.read(*where))
+    monkeypatch.setitem(datasets.SOURCES, "digits", counting)
+    assert compare(tmp_path / "c", *"--methods set --sparsities 0.8,0.9 --seeds 0,1 --jobs 1".split()) == 0
+    assert read == [(None, None)] * 2  # the check beforehand, and all runs
+    alone = "--method set --density 0.1 --seed 1 --threads 1 --quiet --out".split()
+    assert main(["train", *TINY, *alone, str(tmp_path / "alone")]) == 0
+    digests = [runs.read_summary(tmp_path / run)["weights_sha256"] for run in ("c/set-0.9-seed1", "alone")]
+    assert digests[0] == digests[1]
+
+    kept = {}
+    assert images.load("digits", image_size=8, kept=kept).input_shape == (1, 8, 8)
+    assert images.load("digits", image_size=16, kept=kept).input_shape == (1, 16, 16) and len(kept) == 1
 
 
 def test_ctrl_c_starts_no_further_run(tmp_path):
