@@ -1,10 +1,10 @@
 /* Sparse convolution for layers whose inputs are each read by many taps; the layout is that of taps.c.
  *
- * One region of the plane that is written, and one vector of images, is done at a time. What it reads is first copied
- * side by side, with zeros for the padding, small enough for the second cache. Then every tap is a run of multiply-adds
- * at one offset, whatever padding, stride and dilation: columns of a strided convolution are copied apart by their
- * remainder. A tile of places is summed up in registers, over a block of input channels whose part of the copy fits the
- * first cache, for all output channels before the next block. Compile with -DREAL=float or double.
+ * One region of the plane that is written, and one cache line of images, is done at a time. What it reads is first
+ * copied side by side, with zeros for the padding, small enough for the second cache. Then every tap is a run of
+ * multiply-adds at one offset, whatever padding, stride and dilation: columns of a strided convolution are copied apart
+ * by their remainder. A tile of places is summed up in registers, over a block of input channels whose part of the copy
+ * fits the first cache, for all output channels before the next block. Compile with -DREAL=float or double.
  */
 #include <stddef.h>
 #include <stdint.h>
@@ -24,7 +24,8 @@ enum { BYTES = 16, TILE = 16 };
 enum { BYTES = 16, TILE = 8 };
 #endif
 typedef REAL vec __attribute__((vector_size(BYTES), aligned(sizeof(REAL)), may_alias));
-enum { LANES = BYTES / sizeof(REAL) };
+enum { VECS = 64 / BYTES, PLACES = TILE / VECS }; /* a place of a tile is one cache line of images */
+enum { LANES = 64 / sizeof(REAL), PART = BYTES / sizeof(REAL) };
 enum { FIRST_CACHE = 24 << 10, SECOND_CACHE = 440 << 10, SUMS = 1300 << 10 }; /* bytes that may be filled */
 enum { RUN = 16 };     /* taps of one channel in a block that are worth loading and storing a tile */
 enum { EXACT = 4096 }; /* terms that a lane adds up before it goes to a double */
@@ -60,7 +61,7 @@ static void choose_tile(const Pass *p, Cut *c)
 {
     int area = INT32_MAX;
     for (int rows = 1; rows <= 4; rows *= 2) {
-        const int columns = TILE / rows;
+        const int columns = PLACES / rows;
         const int covered = pieces(p->rows, rows) * pieces(p->columns, columns);
         if (covered < area) {
             area = covered;
@@ -74,7 +75,7 @@ static void measure_copy(const Pass *p, Cut *c, int rows, int columns)
 {
     c->rows = rows;
     c->columns = columns;
-    c->phase = pieces((columns - 1) * p->column_stride + p->right - p->left + 1, p->column_stride);
+    c->phase = pieces((columns - 1) * p->column_stride + p->right - p->left + 1, p->column_stride) * VECS;
     c->row = c->phase * p->column_stride;
     c->channel = c->row * ((rows - 1) * p->row_stride + p->bottom - p->top + 1);
 }
@@ -143,7 +144,7 @@ static int32_t offset(const Pass *p, const Cut *c, int source, int dy, int dx)
 {
     const int column = dx - p->left;
     return (int32_t)(source % c->copied * c->channel + (dy - p->top) * c->row
-                     + column % p->column_stride * c->phase + column / p->column_stride);
+                     + column % p->column_stride * c->phase + column / p->column_stride * VECS);
 }
 
 static vec *new_copy(const Cut *c)
@@ -151,29 +152,32 @@ static vec *new_copy(const Cut *c)
     return aligned_alloc(64, ((size_t)c->copied * c->channel * BYTES + 127) / 64 * 64);
 }
 
-static vec some(const REAL *from, int count)
+/* `count` numbers of a line, and zeros. */
+static inline void some(const REAL *from, int count, vec *to)
 {
-    vec v = {0};
-    for (int l = 0; l < count; l++)
-        v[l] = from[l];
-    return v;
+    for (int v = 0; v < VECS; v++) {
+        to[v] = (vec){0};
+        for (int l = 0; l < PART && v * PART + l < count; l++)
+            to[v][l] = from[v * PART + l];
+    }
 }
 
 /* Copies `count` places, `step` numbers apart; those before `low` and from `high` on are zero. */
 static inline void copy_row(
     const REAL *from, ptrdiff_t step, ptrdiff_t next, int low, int high, int count, int lanes, vec *to)
 {
-    for (int k = 0; k < low; k++)
+    for (int k = 0; k < low * VECS; k++)
         to[k] = (vec){0};
     if (lanes == LANES)
         for (int k = low; k < high; k++) {
             __builtin_prefetch(from + k * step + next); /* rows are short: the machine does not see what comes */
-            to[k] = *(const vec *)(from + k * step);
+            for (int v = 0; v < VECS; v++)
+                to[k * VECS + v] = ((const vec *)(from + k * step))[v];
         }
     else
         for (int k = low; k < high; k++)
-            to[k] = some(from + k * step, lanes);
-    for (int k = most(high, low); k < count; k++)
+            some(from + k * step, lanes, to + k * VECS);
+    for (int k = most(high, low) * VECS; k < count * VECS; k++)
         to[k] = (vec){0};
 }
 
@@ -199,7 +203,7 @@ static void copy_region(const Pass *p, const Cut *c, const REAL *in, int first, 
             const int r = at.y * p->row_stride + p->top + i, inside = r >= 0 && r < p->source_height;
             for (int f = 0; f < step && p->row_phases >> (i % p->row_stride) & 1; f++) {
                 const int column = at.x * step + p->left + f;
-                const int count = (int)c->phase, low = column < 0 ? least(pieces(-column, step), count) : 0;
+                const int count = (int)c->phase / VECS, low = column < 0 ? least(pieces(-column, step), count) : 0;
                 const int high = least(pieces(p->source_width - column, step), count);
                 const ptrdiff_t begin = s * plane + ((ptrdiff_t)r * p->source_width + column) * images + image;
                 if (p->column_phases >> f & 1)
@@ -232,23 +236,35 @@ static int whole(const Window *w, int rows, int columns)
     return w->rows >= rows && w->columns >= columns && w->lanes == LANES;
 }
 
-static inline __attribute__((always_inline)) REAL *at(const Window *w, int v, const int columns)
+/* Where vector v of a tile is written. */
+static inline __attribute__((always_inline)) vec *at(const Window *w, int v, const int columns)
 {
-    return w->at + v / columns * w->down + v % columns * w->across;
+    const int place = v / VECS;
+    return (vec *)(w->at + place / columns * w->down + place % columns * w->across) + v % VECS;
+}
+
+/* The same in a copy, `pitch` vectors from row to row. */
+static inline __attribute__((always_inline)) ptrdiff_t in_copy(int v, ptrdiff_t pitch, const int columns)
+{
+    return v / VECS / columns * pitch + v / VECS % columns * VECS + v % VECS;
+}
+
+static int holds(const Window *w, int place, int columns)
+{
+    return place / columns < w->rows && place % columns < w->columns;
 }
 
 static __attribute__((noinline)) void load_part(const Window *w, vec *to, int columns)
 {
-    for (int v = 0; v < TILE; v++)
-        to[v] = v / columns < w->rows && v % columns < w->columns ? some(at(w, v, columns), w->lanes) : (vec){0};
+    for (int k = 0; k < PLACES; k++)
+        some((const REAL *)at(w, k * VECS, columns), holds(w, k, columns) ? w->lanes : 0, to + k * VECS);
 }
 
 static __attribute__((noinline)) void store_part(const Window *w, const vec *from, int columns)
 {
-    for (int v = 0; v < TILE; v++)
-        if (v / columns < w->rows && v % columns < w->columns)
-            for (int l = 0; l < w->lanes; l++)
-                at(w, v, columns)[l] = from[v][l];
+    for (int k = 0; k < PLACES; k++)
+        for (int l = 0; holds(w, k, columns) && l < w->lanes; l++)
+            ((REAL *)at(w, k * VECS, columns))[l] = from[k * VECS + l / PART][l % PART];
 }
 
 /* Adds n taps to a tile; its numbers of rows and columns are constants where this is inlined. */
@@ -258,7 +274,7 @@ static inline __attribute__((always_inline)) void add(
     for (int t = 0; t < n; t++) {
         const vec *in = from + e[t].offset;
         for (int v = 0; v < TILE; v++)
-            sum[v] += e[t].weight * in[v / columns * pitch + v % columns];
+            sum[v] += e[t].weight * in[in_copy(v, pitch, columns)];
     }
 }
 
@@ -267,7 +283,7 @@ static inline __attribute__((always_inline)) void sums_at(
     const Entry *e, const int32_t *begin, int channels, const vec *from, ptrdiff_t pitch, Window w, int fresh,
     const int columns)
 {
-    const int all = whole(&w, TILE / columns, columns);
+    const int all = whole(&w, PLACES / columns, columns);
     for (int i = 0; i < channels; i++, w.at += w.plane) {
         const int n = begin[i + 1] - begin[i];
         if (!n && !fresh)
@@ -275,13 +291,13 @@ static inline __attribute__((always_inline)) void sums_at(
         if (all) {
             vec sum[TILE];
             for (int v = 0; v < TILE; v++) {
-                if (fresh)
-                    __builtin_prefetch(at(&w, v, columns), 1);
-                sum[v] = fresh ? (vec){0} : *(const vec *)at(&w, v, columns);
+                if (fresh && v % VECS == 0) /* of the next channel, which lies far away */
+                    __builtin_prefetch((REAL *)at(&w, v, columns) + w.plane, 1);
+                sum[v] = fresh ? (vec){0} : *at(&w, v, columns);
             }
             add(e + begin[i], n, from, pitch, sum, columns);
             for (int v = 0; v < TILE; v++)
-                *(vec *)at(&w, v, columns) = sum[v];
+                *at(&w, v, columns) = sum[v];
         } else {
             vec sum[TILE] = {0};
             if (!fresh)
@@ -297,7 +313,7 @@ static inline __attribute__((always_inline)) void products_at(
     const int32_t *offsets, const int32_t *begin, int channels, const vec *from, ptrdiff_t pitch, Window w, vec *total,
     const int columns)
 {
-    const int all = whole(&w, TILE / columns, columns);
+    const int all = whole(&w, PLACES / columns, columns);
     for (int i = 0; i < channels; i++, w.at += w.plane) {
         vec grad[TILE];
         if (begin[i] == begin[i + 1])
@@ -305,14 +321,17 @@ static inline __attribute__((always_inline)) void products_at(
         if (!all)
             load_part(&w, grad, columns);
         else
-            for (int v = 0; v < TILE; v++)
-                grad[v] = *(const vec *)at(&w, v, columns);
+            for (int v = 0; v < TILE; v++) {
+                if (v % VECS == 0)
+                    __builtin_prefetch((const REAL *)at(&w, v, columns) + w.plane);
+                grad[v] = *at(&w, v, columns);
+            }
         for (int t = begin[i]; t < begin[i + 1]; t++) {
             const vec *in = from + offsets[t];
             vec even = total[t], odd = {0};
             for (int v = 0; v < TILE; v += 2) {
-                even += grad[v] * in[v / columns * pitch + v % columns];
-                odd += grad[v + 1] * in[(v + 1) / columns * pitch + (v + 1) % columns];
+                even += grad[v] * in[in_copy(v, pitch, columns)];
+                odd += grad[v + 1] * in[in_copy(v + 1, pitch, columns)];
             }
             total[t] = even + odd;
         }
@@ -327,13 +346,13 @@ static void sums_in(const Pass *p, const Cut *c, const Entry *e, const int32_t *
         for (int x = 0; x < c->columns && region.x + x < p->columns; x += c->tile_columns)
             for (int b = first; b < last; b++) {
                 const Window w = window(p, out, (Place){region.y + y, region.x + x, region.chunk});
-                const vec *from = copy + y * pitch + x;
+                const vec *from = copy + y * pitch + x * VECS;
                 if (c->tile_rows == 1)
-                    sums_at(e, begin + b * channels, channels, from, pitch, w, !b, TILE);
+                    sums_at(e, begin + b * channels, channels, from, pitch, w, !b, PLACES);
                 else if (c->tile_rows == 2)
-                    sums_at(e, begin + b * channels, channels, from, pitch, w, !b, TILE / 2);
+                    sums_at(e, begin + b * channels, channels, from, pitch, w, !b, PLACES / 2);
                 else
-                    sums_at(e, begin + b * channels, channels, from, pitch, w, !b, TILE / 4);
+                    sums_at(e, begin + b * channels, channels, from, pitch, w, !b, PLACES / 4);
             }
 }
 
@@ -345,13 +364,13 @@ static void products_in(const Pass *p, const Cut *c, const int32_t *offsets, con
         for (int y = 0; y < c->rows && region.y + y < p->rows; y += c->tile_rows)
             for (int x = 0; x < c->columns && region.x + x < p->columns; x += c->tile_columns) {
                 const Window w = window(p, (REAL *)grad, (Place){region.y + y, region.x + x, region.chunk});
-                const vec *from = copy + y * pitch + x;
+                const vec *from = copy + y * pitch + x * VECS;
                 if (c->tile_rows == 1)
-                    products_at(offsets, begin + b * channels, channels, from, pitch, w, total, TILE);
+                    products_at(offsets, begin + b * channels, channels, from, pitch, w, total, PLACES);
                 else if (c->tile_rows == 2)
-                    products_at(offsets, begin + b * channels, channels, from, pitch, w, total, TILE / 2);
+                    products_at(offsets, begin + b * channels, channels, from, pitch, w, total, PLACES / 2);
                 else
-                    products_at(offsets, begin + b * channels, channels, from, pitch, w, total, TILE / 4);
+                    products_at(offsets, begin + b * channels, channels, from, pitch, w, total, PLACES / 4);
             }
 }
 
