@@ -7,6 +7,7 @@ import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from ..errors import UsageError
 from ..options import flags, sources
 from ..options.programs import STUDY
 from . import parsing
@@ -35,6 +36,10 @@ def main(argv: Sequence[str]) -> int:
         shown = ",".join(map(str, STUDY[name]))
         group.add_argument(f"--{name}", metavar="X,X", help=f"{help} (default: of the grid in --config, else {shown})")
     group.add_argument("--low", type=float, default=0.2, metavar="X", help="largest low density (default: 0.2)")
+    group.add_argument(
+        "--choices-every", type=int, metavar="N", help="how alike the criteria's choices are at every N-th update too, "
+        "for which the first seed's runs are trained again (default: at the first update only)",
+    )  # fmt: skip
     parsing.add_backend(group)
     group.add_argument("--out", required=True, type=flags.folder, metavar="DIR", help="folder of runs and report")
     sources.add_flags(parser)
@@ -42,7 +47,10 @@ def main(argv: Sequence[str]) -> int:
         flags.option_strings(parser)[name].help = argparse.SUPPRESS
     given = vars(parser.parse_args(argv))
     out, workers, backend, low = (given.pop(name) for name in ("out", "jobs", "backend", "low"))
+    choices = given.pop("choices_every")
     flags.check_size("jobs", workers, "--jobs")
+    if choices is not None and choices < 1:
+        raise UsageError(f"--choices-every must be at least 1, got {choices}")
     lists = {name: parsing.numbers(f"--{name}", given.pop(name), kind) for name, kind in
              (("criteria", str), ("growths", str), ("densities", float), ("periods", int), ("seeds", int))}  # fmt: skip
     from ..measure import study_report  # PyTorch is not waited for where a flag is wrong
@@ -54,7 +62,7 @@ def main(argv: Sequence[str]) -> int:
     )  # fmt: skip
     options = done[0][0].job.options
     title = f"{options.model} on {options.data}, {options.epochs} epochs"
-    print(study_report.write(out, done, low, title, _say), end="")
+    print(study_report.write(out, done, low, title, _say, choices), end="")
     print(f"report: {out / 'study.md'}   runs: {out / 'study.csv'}")
     return 0
 

@@ -103,20 +103,53 @@ def choice_similarity(cells: Sequence[Cell]) -> Pairs:
     """Jaccard index, the mean over layers, of the weights that every two criteria choose for removal in one network
     state, of each seed: at the first topology update, of the first criterion's run. `expected`: what is expected of
     random choices of as many. Criteria that average over steps are left out, as each would need a run of its own."""
-    criteria = [c for c in dict.fromkeys(cell.criterion for cell in cells) if not _averages(c)]
-    firsts = {cell.seed: cell for cell in reversed(cells) if cell.criterion == criteria[0]}
-    chosen: dict[str, dict[int, Masks]] = {name: {} for name in criteria}
-    expected: dict[str, list[float]] = {name: [] for name in criteria}
+    chosen: dict[str, dict[int, Masks]] = {name: {} for name in _choosing(cells)}
+    firsts = {cell.seed: cell for cell in reversed(cells) if cell.criterion == next(iter(chosen), None)}
+    expected: dict[str, list[float]] = {name: [] for name in chosen}
     for seed, cell in sorted(firsts.items()):
         trainer = Trainer(cell.job.options, cell.job.out)
-        trainer.to_update()
-        options = {c.criterion: c.job.options.plugin_options for c in cells}
-        for name in criteria:
-            own = {key.removeprefix("death_"): v for key, v in options[name].items() if key.startswith("death_")}
-            scope = cell.job.options.decided("prune_scope")
-            chosen[name][seed] = trainer.host.removed_by(name, trainer.host.death_rate, scope, **own)
-            expected[name].append(expected_mean_jaccard(chosen[name][seed], chosen[name][seed], trainer.host.masks))
+        next(trainer.updates())
+        for name, masks in _choices(trainer, cells).items():
+            chosen[name][seed] = masks
+            expected[name].append(expected_mean_jaccard(masks, masks, trainer.host.masks))
     return {**_pairs(chosen), **{(name, EXPECTED): some for name, some in expected.items()}}
+
+
+def choices_over_time(cells: Sequence[Cell], every: int) -> list[dict[str, Any]]:
+    """How alike the choice of a criterion and those of the others are at every `every`-th topology update of its run,
+    from the first on (Nowak et al. 2023, Figure 18): one record an update and pair, with the Jaccard index of the
+    weights chosen for removal and what is expected of random choices. Not symmetric: the state is that of the run of
+    `criterion`. The first seed's run of each criterion is trained again for it. `cells` differ in criterion and seed
+    only; criteria that average over steps are left out."""
+    found = []
+    for criterion in _choosing(cells):
+        cell = next(cell for cell in cells if cell.criterion == criterion)
+        trainer = Trainer(cell.job.options, cell.job.out)
+        for number, step in enumerate(trainer.updates()):
+            if number % every:
+                continue
+            chosen = _choices(trainer, cells)
+            mine = chosen.pop(criterion)
+            random = expected_mean_jaccard(mine, mine, trainer.host.masks)
+            found += [{"criterion": criterion, "other": name, "step": step, "jaccard": mean_jaccard(mine, masks),
+                       "expected": random} for name, masks in chosen.items()]  # fmt: skip
+    return found
+
+
+def _choosing(cells: Sequence[Cell]) -> list[str]:
+    return [name for name in dict.fromkeys(cell.criterion for cell in cells) if not _averages(name)]
+
+
+def _choices(trainer: Trainer, cells: Sequence[Cell]) -> dict[str, Masks]:
+    """The weights that each criterion would remove in the present state, were it asked at the host's rate."""
+    options = {cell.criterion: cell.job.options.plugin_options for cell in cells}
+    scope, rate = trainer.options.prune_scope, trainer.host.death_rate
+    return {
+        name: trainer.host.removed_by(name, rate, scope, **{
+            key.removeprefix("death_"): v for key, v in options[name].items() if key.startswith("death_")
+        })
+        for name in _choosing(cells)
+    }  # fmt: skip
 
 
 def _averages(criterion: str) -> bool:

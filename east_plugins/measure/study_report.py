@@ -6,7 +6,7 @@ import base64
 import csv
 import io
 import statistics
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from html import escape
 from pathlib import Path
 from typing import Any
@@ -22,14 +22,21 @@ from .study import EXPECTED, Pairs
 Done = Sequence[tuple[Cell, Mapping[str, Any]]]
 
 
-def write(out: Path, done: Done, low: float, title: str, say: Callable[[str], None] = lambda line: None) -> str:
+def write(
+    out: Path,
+    done: Done,
+    low: float,
+    title: str,
+    say: Callable[[str], None] = lambda line: None,
+    choices_every: int | None = None,
+) -> str:
     """Everything that finished runs say, in files in `out`; returns the text of `study.md`.
 
-    Pictures that need more than one period, density or criterion are left out where there is one only.
+    Pictures that need more than one period, density or criterion are left out where there is one only. With
+    `choices_every` also how alike choices are over time (`study.choices_over_time`).
     """
     records = write_runs(out, done)
     periods = sorted({record["period"] for record in records if record["period"]})
-    densities = sorted({cell.density for cell, _ in done if not cell.baseline})
     parts = [accuracy_table(records)]
     pictures = []
     for period in periods:
@@ -44,7 +51,9 @@ def write(out: Path, done: Done, low: float, title: str, say: Callable[[str], No
     found = study.average_ranks(done, low)
     if found:
         parts.append(_ranks(out, found, pictures, say))
-    similar(out, done, densities, periods, pictures)
+    similar(out, done, periods, pictures)
+    if choices_every is not None:
+        over_time(out, done, choices_every, pictures, say)
     text = "\n".join([f"# {title}\n", *parts, *(f"![{words}]({name})\n" for name, words in pictures)])
     files.write_atomically(out / "study.md", text)
     todo, pairs = [cell.job for cell, _ in done], [(cell.job, dict(summary)) for cell, summary in done]
@@ -105,27 +114,56 @@ def _ranks(out: Path, found: Mapping[str, Ranks], pictures: list[tuple[str, str]
     return f"{words}\n\n{tables.markdown(['criterion', *shown], rows)}"
 
 
-def similar(
-    out: Path, done: Done, densities: Sequence[float], periods: Sequence[int], pictures: list[tuple[str, str]]
+def _settings(done: Done) -> Iterator[tuple[str, float, int, list[Cell]]]:
+    """Growth, density and period of every setting that has runs of two criteria or more, with all its cells."""
+    found: dict[tuple[str, float, int], list[Cell]] = {}
+    for cell, _ in done:
+        if not cell.baseline:
+            found.setdefault((cell.growth, cell.density, cell.period), []).append(cell)
+    growths = list(dict.fromkeys(growth for growth, *_ in found))
+    for key, cells in sorted(found.items(), key=lambda item: (growths.index(item[0][0]), *item[0][1:])):
+        if len({cell.criterion for cell in cells}) > 1:
+            yield *key, cells
+
+
+def over_time(
+    out: Path, done: Done, every: int, pictures: list[tuple[str, str]], say: Callable[[str], None] = lambda line: None
 ) -> None:
+    """`choices.csv`, and a picture for each setting: similarity of choices at every `every`-th update."""
+    lines = []
+    for growth, density, period, cells in _settings(done):
+        words = f"{growth} growth, density {density:g}, an update every {period} steps"
+        say(f"choices   {words}: every criterion's run is trained again")
+        records = study.choices_over_time(cells, every)
+        if not records:  # of criteria that average over steps
+            continue
+        lines += [[growth, density, period, *record.values()] for record in records]
+        name = f"choices-{growth.replace(':', '_')}-{density:g}-every{period}.png"
+        by_step(records, out / name, f"Jaccard index of weights chosen for removal over time, {words}")
+        pictures.append((name, f"Jaccard index of weights chosen for removal over time, {words}"))
+    if lines:
+        head = ["growth", "density", "period", "criterion", "other", "step", "jaccard", "expected"]
+        _csv(out / "choices.csv", head, lines)
+
+
+def similar(out: Path, done: Done, periods: Sequence[int], pictures: list[tuple[str, str]]) -> None:
     """Similarity of choices and final masks, at every density and growth of the first period."""
     lines: list[list[Any]] = []
     shares: list[list[Any]] = []
-    for growth in dict.fromkeys(cell.growth for cell, _ in done if not cell.baseline):
-        for density in densities:
-            cells = [cell for cell, _ in done if not cell.baseline
-                     and (cell.growth, cell.density, cell.period) == (growth, density, periods[0])]  # fmt: skip
-            if len({cell.criterion for cell in cells}) < 2:
+    for growth, density, period, cells in _settings(done):
+        if period != periods[0]:
+            continue
+        words = f"{growth} growth, density {density:g}"
+        for kind, pairs in (("choice", study.choice_similarity(cells)), ("masks", study.end_similarity(cells))):
+            if not pairs:
                 continue
-            words = f"{growth} growth, density {density:g}"
-            for kind, pairs in (("choice", study.choice_similarity(cells)), ("masks", study.end_similarity(cells))):
-                name = f"{kind}-{growth.replace(':', '_')}-{density:g}.png"
-                what = "weights chosen for removal in one state" if kind == "choice" else "masks at the end"
-                matrix(pairs, out / name, f"Jaccard index of {what}\n{words}")
-                pictures.append((name, f"Jaccard index of {what}, {words}"))
-                lines += [[kind, growth, density, a, b, i, value]
-                          for (a, b), some in pairs.items() for i, value in enumerate(some)]  # fmt: skip
-            shares += [[growth, density, *each.values()] for each in study.common(cells)]
+            name = f"{kind}-{growth.replace(':', '_')}-{density:g}.png"
+            what = "weights chosen for removal in one state" if kind == "choice" else "masks at the end"
+            matrix(pairs, out / name, f"Jaccard index of {what}\n{words}")
+            pictures.append((name, f"Jaccard index of {what}, {words}"))
+            lines += [[kind, growth, density, a, b, i, value]
+                      for (a, b), some in pairs.items() for i, value in enumerate(some)]  # fmt: skip
+        shares += [[growth, density, *each.values()] for each in study.common(cells)]
     if lines:
         _csv(out / "jaccard.csv", ["of", "growth", "density", "a", "b", "number", "jaccard"], lines)
         head = ["seed", "kept_by_all", "removed_by_all", "kept_by_all_of_random", "removed_by_all_of_random"]
@@ -240,6 +278,33 @@ def matrix(pairs: Pairs, path: Path, title: str) -> None:
     axes.set_xticks(range(len(across)), across, rotation=35, ha="right", fontsize=8)
     axes.set_yticks(range(len(down)), down, fontsize=8)
     axes.set_title(title, fontsize=9)
+    figures.save(figure, path, "`out`")
+
+
+def by_step(records: Sequence[Mapping[str, Any]], path: Path, title: str) -> None:
+    """A panel for the run of each criterion: similarity of its choice and those of the others, by step."""
+    names = list(dict.fromkeys(record["criterion"] for record in records))
+    across = min(4, len(names))
+    figure = figures.figure(0.9 + 2.6 * across, 0.7 + 2.4 * -(-len(names) // across))
+    panels = figure.subplots(-(-len(names) // across), across, squeeze=False, sharex=True, sharey=True)
+    panels = list(panels.flat)
+    for axes, name in zip(panels, names, strict=False):
+        mine = [record for record in records if record["criterion"] == name]
+        for other in (other for other in names if other != name):
+            points = [(record["step"], record["jaccard"]) for record in mine if record["other"] == other]
+            style = {**figures.drawn(names.index(other)), "markersize": 3}
+            axes.plot(*zip(*points, strict=True), label=other, linewidth=1.2, **style)
+        random = dict((record["step"], record["expected"]) for record in mine)
+        axes.plot(list(random), list(random.values()), color="black", linestyle=":", linewidth=1, label="random sets")
+        axes.set(title=f"in the run of {name}", xlabel="step", ylim=(0, 1.05))
+    for axes in panels[len(names) :]:
+        axes.set_axis_off()
+    panels[0].set_ylabel("Jaccard index")
+    handles = {
+        label: line for axes in figure.axes for line, label in zip(*axes.get_legend_handles_labels(), strict=True)
+    }
+    figure.legend(list(handles.values()), list(handles), loc="outside right center", frameon=False, fontsize=8)
+    figure.suptitle(title, fontsize=10)
     figures.save(figure, path, "`out`")
 
 

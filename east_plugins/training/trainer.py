@@ -11,7 +11,7 @@ import os
 import sys
 import time
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -186,17 +186,21 @@ class Trainer:
         if self.epoch in (self.options.keep_weights or ()):
             files.save_checkpoint(self.out / runs.weights_of(self.epoch), self.model.state_dict())
 
-    def to_update(self) -> None:
-        """Train as far as the gradients of the first step with a topology update, which is not made: what rules would
-        see. Nothing is evaluated or written."""
+    def updates(self) -> Iterator[int]:
+        """Train, and stop at every topology update: yields the step that has it, from 1, where gradients are what its
+        rules see; it is made when the next one is asked for. Nothing is evaluated or written. Raises `UsageError` where
+        the run has none."""
         self.model.train()
+        found = False
         for _ in range(self.options.epochs):
             for x, y in self.data.train.batches(self.options.batch_size, self.generator, self.options.channels_last):
+                loss, correct = self._backward(x, y)
                 if self.host.update_due:
-                    self._gradients(x, y)
-                    return
-                self._step(x, y)
-        raise UsageError(f"a run of {self.options.steps} steps has no topology update")
+                    found = True
+                    yield self.host.steps + 1
+                self._advance(loss, correct, len(y))
+        if not found:
+            raise UsageError(f"a run of {self.options.steps} steps has no topology update")
 
     def _save_is_due(self, epoch_ended: bool = False) -> bool:
         """Whether the time between two checkpoints has passed; without `save_every` they come at ends of epochs."""
@@ -206,12 +210,17 @@ class Trainer:
         return time.monotonic() - self.saved >= 60 * minutes
 
     def _step(self, x: Tensor, y: Tensor) -> None:
+        self._advance(*self._backward(x, y), len(y))
+
+    def _backward(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        """Loss and right answers of a batch; leaves the gradients of this step, and those that an update is to see."""
         if self.options.update_batch is not None and self.host.dense_gradient_due:
             self.host.offer_gradients(update_batch.gradients(self, self.options.update_batch))
         if self.graphed is None:
-            loss, correct = self._gradients(x, y)
-        else:
-            loss, correct = self.graphed(x, y, self.phased and self.phased.phase)
+            return self._gradients(x, y)
+        return self.graphed(x, y, self.phased and self.phased.phase)
+
+    def _advance(self, loss: Tensor, correct: Tensor, count: int) -> None:
         if self.options.on_nonfinite == "stop" and not math.isfinite(float(loss)):
             raise EastError(
                 f"epoch {self.epoch + 1}, step {self.step_in_epoch + 1}: the loss is {float(loss)}; the last "
@@ -221,7 +230,7 @@ class Trainer:
             self.host.clip_grad_norm_(self.options.clip_norm, of=self.options.clip_norm_of or "all")
         self.host.step()
         self.scheduler.step()
-        self.totals.add(loss, correct, len(y))
+        self.totals.add(loss, correct, count)
 
     def _graphed(self) -> GraphedStep:
         if self.device.type != "cuda":

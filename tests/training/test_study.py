@@ -165,7 +165,7 @@ def test_similarities_are_those_of_the_masks_and_choices(tmp_path):
 
     choices = measured.choice_similarity(cells)
     trainer = Trainer(cells[0].job.options, tmp_path / "x")
-    trainer.to_update()
+    next(trainer.updates())
     assert trainer.host.steps == 2
     rate = trainer.host.death_rate
     direct = [trainer.host.removed_by(name, rate) for name in ("magnitude", "SNIP")]
@@ -185,10 +185,42 @@ def test_the_critical_distance_diagram_is_drawn_where_scikit_posthocs_is_there(t
     assert (tmp_path / "cd.png").read_bytes()[:4] == b"\x89PNG"
 
 
+def test_choices_over_time_are_those_in_the_states_of_each_criterions_own_run(tmp_path, capsys):
+    flags = "--criteria magnitude,SNIP,RunningSNIP --growths gradient --densities 0.2 --periods 2 --seeds 0".split()
+    assert main(["study", *FLAGS, *flags, "--choices-every", "2", "--out", str(tmp_path)]) == 0
+    assert "choices-gradient-0.2-every2.png" in capsys.readouterr().out
+    found = records_of(tmp_path / "choices.csv")
+    cells = study.cells(["magnitude", "SNIP"], ["gradient"], [0.2], [2], [0], tmp_path, TINY)
+    trainer = Trainer(cells[1].job.options, tmp_path / "x")
+    steps = []
+    for step in trainer.updates():
+        steps.append(step)
+        masks = [trainer.host.removed_by(name, trainer.host.death_rate) for name in ("SNIP", "magnitude")]
+        mine = [row for row in found if (row["criterion"], int(row["step"])) == ("SNIP", step)]
+        if len(steps) % 2:
+            assert [(row["other"], float(row["jaccard"])) for row in mine] == [("magnitude", mean_jaccard(*masks))]
+            assert 0 < float(mine[0]["expected"]) < 1
+        else:
+            assert not mine
+    assert len(steps) > 2 and {row["criterion"] for row in found} == {"magnitude", "SNIP"}
+    assert main(["study", *FLAGS, *flags, "--choices-every", "0", "--out", str(tmp_path / "y")]) == 2
+    assert "--choices-every must be at least 1, got 0" in capsys.readouterr().err and not (tmp_path / "y").exists()
+
+
+def test_a_run_taken_from_update_to_update_is_the_run_itself(tmp_path):
+    (cell,) = study.cells(["SNIP"], ["gradient"], [0.2], [3], [0], tmp_path, {**TINY, "tested": "last"})
+    study.run(["SNIP"], ["gradient"], [0.2], [3], [0], tmp_path, **TINY, tested="last")
+    end, masks = checkpoints.end_of(cell.job.out)
+    trainer = Trainer(cell.job.options, tmp_path)
+    assert len(list(trainer.updates())) == 3
+    assert all(torch.equal(trainer.host.masks[name], mask) for name, mask in masks.items())
+    assert all(torch.equal(value, end[name]) for name, value in trainer.model.state_dict().items())
+
+
 def test_a_network_brought_to_its_first_update_is_what_the_update_sees(tmp_path):
     (cell,) = study.cells(["magnitude"], ["random"], [0.2], [3], [0], tmp_path, TINY)
     trainer, other = (Trainer(cell.job.options, tmp_path) for _ in range(2))
-    trainer.to_update()
+    next(trainer.updates())
     batches = other.data.train.batches(32, other.generator)
     other.model.train()
     for _ in range(2):
@@ -199,4 +231,4 @@ def test_a_network_brought_to_its_first_update_is_what_the_update_sees(tmp_path)
     assert all(torch.equal(found[name], expected[name]) for name in found)
     with pytest.raises(UsageError, match="has no topology update"):
         (still,) = study.cells(["static"], ["random"], [0.2], [3], [0], tmp_path, TINY)
-        Trainer(still.job.options, tmp_path).to_update()
+        next(Trainer(still.job.options, tmp_path).updates())
