@@ -79,6 +79,12 @@ def test_a_dense_transformer_is_pruned_by_magnitude_and_fine_tuned(tmp_path):
     assert pruned < tuned and dense - 0.1 < tuned
 
 
+def test_criteria_are_compared_in_fine_tuning_from_one_dense_checkpoint(tmp_path):
+    found = python(EXAMPLES / "fine_tuning_criteria.py", 1, 0.1, cwd=tmp_path)
+    accuracies = dict(re.findall(r"^\| ([\w, ]+) \| ([\d.]+) \+- 0.0 \|$", found, re.MULTILINE))
+    assert len(accuracies) == 1 + 2 * 6 and float(accuracies["magnitude, gradient"]) > 50
+
+
 @pytest.mark.parametrize("path", sorted(EXAMPLES.glob("*.py")), ids=lambda path: path.name)
 def test_every_example_is_run_here_and_is_short(path):
     assert path.name in Path(__file__).read_text().split("def test_every_example")[0]

@@ -286,8 +286,8 @@ def by_step(records: Sequence[Mapping[str, Any]], path: Path, title: str) -> Non
     names = list(dict.fromkeys(record["criterion"] for record in records))
     across = min(4, len(names))
     figure = figures.figure(0.9 + 2.6 * across, 0.7 + 2.4 * -(-len(names) // across))
-    panels = figure.subplots(-(-len(names) // across), across, squeeze=False, sharex=True, sharey=True)
-    panels = list(panels.flat)
+    grid = figure.subplots(-(-len(names) // across), across, squeeze=False, sharex=True, sharey=True)
+    panels = list(grid.flat)
     for axes, name in zip(panels, names, strict=False):
         mine = [record for record in records if record["criterion"] == name]
         for other in (other for other in names if other != name):

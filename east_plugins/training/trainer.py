@@ -218,7 +218,8 @@ class Trainer:
             self.host.offer_gradients(update_batch.gradients(self, self.options.update_batch))
         if self.graphed is None:
             return self._gradients(x, y)
-        return self.graphed(x, y, self.phased and self.phased.phase)
+        loss, correct = self.graphed(x, y, self.phased and self.phased.phase)
+        return loss, correct
 
     def _advance(self, loss: Tensor, correct: Tensor, count: int) -> None:
         if self.options.on_nonfinite == "stop" and not math.isfinite(float(loss)):
