@@ -91,7 +91,7 @@ class Engine:
         self._names = {module: named[id(module.weight)] for _, module in layers(self.model)}
         self._versions: list[int] | None = None
         self._foreign = self._hooked = False
-        self._narrow = True
+        self._narrow = self._fuses = True
         self._check = Check(self.model, self._forcing, input_shape)
         self._agreed: set[Any] = set()  # modes in which the present plans were found right
         self._handles: list[Any] = []
@@ -231,9 +231,9 @@ class Engine:
         self._settle(x)
         if self._plans is None or (self.choice == "auto" and self._is_slower(x)):
             return None
-        if self.model.training and training and self.host.dense_gradient_next:
-            return self._with_dense_gradient(x)
-        return self._plans
+        wanted = self.model.training and training and self.host.dense_gradient_next
+        plans = self._with_dense_gradient(x) if wanted else self._plans
+        return plans if plans is None or not _is_watched(self.model) else {m: p.alone() for m, p in plans.items()}
 
     def _is_hooked(self) -> bool:
         """Whether somebody's hooks wait for the gradients of masked weights."""
@@ -284,7 +284,7 @@ class Engine:
 
     def _widen(self) -> None:
         logger.warning("all channels are computed: the network does more with them than the engine can follow")
-        self._narrow = False
+        self._narrow, self._fuses = False, True
 
     def _settle(self, x: Tensor) -> None:
         """See to it that the plans give the dense results in the model's mode, or there are none."""
@@ -295,6 +295,8 @@ class Engine:
             if unseen(check):
                 self._agreed.add(self.model.training)
                 self._gives_gradients.add(kind)
+            elif self._fuses:
+                self._fuses, self._plans = False, {module: plan.alone() for module, plan in self._plans.items()}
             elif self._narrow:
                 self._widen()
                 self._plans = self._plan()
@@ -312,9 +314,10 @@ class Engine:
 
     def _plans_for(self, kept: Kept, sinks: dict[str, Sink]) -> Plans:
         split = self._narrow and _reads_all_channels(self.model)
+        fuses = self._fuses
         return {
-            module: LayerPlan(module, sinks[self._names[module]], *kept[module], split) if module in self._names
-            else NormPlan(module, *kept[module])
+            module: LayerPlan(module, sinks[self._names[module]], *kept[module], split, fuses) if module in self._names
+            else NormPlan(module, *kept[module], fuses)
             for module in self._slots
         }  # fmt: skip
 
@@ -421,6 +424,19 @@ def _is_norm(module: nn.Module) -> bool:
     classes = (each for each in type(module).__mro__ if not issubclass(each, Swapped))
     forward = next(vars(each)["forward"] for each in classes if "forward" in vars(each))
     return isinstance(module, nn.modules.batchnorm._BatchNorm) and forward is nn.modules.batchnorm._BatchNorm.forward
+
+
+def _is_watched(model: nn.Module) -> bool:
+    """Whether somebody's hooks are to see the inputs and outputs of single modules."""
+    kinds = ("forward_hooks", "forward_pre_hooks", "backward_hooks", "backward_pre_hooks")
+    if any(getattr(nn.modules.module, f"_global_{kind}") for kind in kinds):
+        return True
+    hooks = (
+        each._forward_hooks or each._forward_pre_hooks or each._backward_hooks or each._backward_pre_hooks
+        for each in model.modules()
+        if each is not model
+    )
+    return any(hooks)
 
 
 def _reads_all_channels(model: nn.Module) -> bool:

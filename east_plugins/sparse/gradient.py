@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn.grad import conv2d_weight
 
 from ..plugins.transform.sharing import scale_of
+from .fused import read
 from .layers import LayerPlan, NormPlan, Sink
 from .split import Channels, Split
 from .taps import planes, supported
@@ -45,14 +46,15 @@ class GradientPlan:
     """
 
     def __init__(self, plan: LayerPlan, inputs: Tensor, outputs: Tensor, per_image: bool):
-        self.plan, self.sink, self.per_image = copy.copy(plan), plan.sink, per_image
+        self.plan, self.sink, self.per_image = plan.alone(), plan.sink, per_image
         self.plan.split = None
         self.module = plan.module
         device = plan.module.weight.device
         self.inputs = Channels.of(inputs, plan.module.in_channels, device)
         self.outputs = Channels.of(outputs, plan.module.out_channels, device, whole=True)
 
-    def __call__(self, x: Tensor | Split) -> Tensor | Split:
+    def __call__(self, x: Any) -> Tensor | Split:
+        x = read(x)
         kept, constants = (x.kept, x.rest[..., 0, 0].detach()) if isinstance(x, Split) else (x, x.new_zeros(1, 0))
         if kept.shape[1] != len(self.inputs.kept) or constants.shape[1] != len(self.inputs.rest):
             raise NotImplementedError("an input with other channels than the wiring says")
@@ -78,6 +80,9 @@ class GradientPlan:
         if (scale := scale_of(self.module)) is not None:
             gradient = gradient * scale.detach()
         self.sink.add_dense(rows, columns, gradient)
+
+    def alone(self) -> GradientPlan:
+        return self
 
     def apart(self, leaves: Mapping[int, Tensor], sinks: dict[int, Sink]) -> GradientPlan:
         """As `LayerPlan.apart`."""

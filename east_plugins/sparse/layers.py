@@ -16,7 +16,8 @@ from torch.nn.modules.conv import _ConvNd
 from ..ops.active import Active
 from ..ops.swap import Swapped
 from ..plugins.transform.sharing import scale_of
-from .norm import normalise, normalise_with
+from .fused import Pending, read
+from .norm import compiled, normalise, normalise_with
 from .once import once
 from .split import Channels, Split
 from .taps import TapConvolution, supported
@@ -56,6 +57,10 @@ class Planned(Swapped):
         if plan is None and self.east_slot.last.plan is not None and in_backward():
             plan = self.east_slot.last.plan  # gradient checkpointing computes a part of the pass again
         return super().forward(input, *args, **kwargs) if plan is None else plan(input)
+
+
+def _compiling() -> bool:
+    return torch.compiler.is_compiling()
 
 
 def in_backward() -> bool:
@@ -115,6 +120,14 @@ class Sink:
         self.weight.grad = self.buffer
         self.version = self.buffer._version
 
+    def receive(self, gradient: Tensor, node: Any, number: int) -> Tensor | None:
+        """Take the gradient of the active values from a node of autograd whose input `number` is the weight; return
+        what the node is to return for it."""
+        if not _accumulates(node.next_functions[number][0]):
+            return self.active.spread(gradient)
+        self.add(gradient)
+        return None
+
     def add(self, gradient: Tensor) -> None:
         if self.weight.grad is not None:
             self.weight.grad[self.active.coordinates] += gradient
@@ -138,16 +151,13 @@ class _ActiveValues(torch.autograd.Function):
     @staticmethod
     @once
     def backward(ctx, gradient: Tensor):
-        if not _accumulates(ctx):
-            return ctx.sink.active.spread(gradient), None
-        ctx.sink.add(gradient)
-        return None, None
+        return ctx.sink.receive(gradient, ctx, 0), None
 
 
 def _accumulates(node: Any) -> bool:
     """Whether the gradient goes to `grad`, as in `backward()`, and not to the caller of `torch.autograd.grad`."""
     try:
-        return torch._C._will_engine_execute_node(node.next_functions[0][0])
+        return torch._C._will_engine_execute_node(node)
     except RuntimeError:  # "a leaf node was passed ... but we are currently running autograd.grad()"
         return False
 
@@ -158,10 +168,13 @@ class LayerPlan:
     Args:
         inputs, outputs: the channels that the input has and that the output gets; int64, ascending.
         split: whether a convolution's other channels go on as a constant of each image, see `split`.
+        fuses: whether it may be one node of autograd with what follows it, see `fused`.
     """
 
-    def __init__(self, module: nn.Module, sink: Sink, inputs: Tensor, outputs: Tensor, split: bool = False):
-        self.module, self.sink = module, sink
+    def __init__(
+        self, module: nn.Module, sink: Sink, inputs: Tensor, outputs: Tensor, split: bool = False, fuses: bool = False
+    ):
+        self.module, self.sink, self.fuses = module, sink, fuses
         target, source, *place = sink.active.coordinates
         groups = getattr(module, "groups", 1)
         source = source + target // (module.weight.shape[0] // groups) * module.weight.shape[1]
@@ -178,18 +191,39 @@ class LayerPlan:
         self.split = Channels.of(outputs, sizes[0], device) if split and isinstance(module, nn.Conv2d) else None
         self._taps: TapConvolution | None = None
 
-    def __call__(self, x: Tensor | Split) -> Tensor | Split:
-        y = self._product(x.kept if isinstance(x, Split) else x)
+    def __call__(self, x: Any) -> Any:
+        x = read(x.kept if isinstance(x, Split) else x)
+        y = Pending(x, self) if self._is_first_of_node(x) else self.product(x)
         if self.split is None:
             return y
-        rest = y.new_zeros(1, len(self.split.rest), 1, 1)
+        rest = x.new_zeros(1, len(self.split.rest), 1, 1, dtype=y.dtype)
         if self.module.bias is not None:
             rest = rest + self.module.bias[self.split.rest].view(-1, 1, 1)
         return Split(y, rest, self.split)
 
-    def _product(self, x: Tensor) -> Tensor:
+    def _is_first_of_node(self, x: Tensor) -> bool:
+        """Whether a norm after it may be computed with it."""
+        module = self.module
+        fuses = self.fuses and module.training and module.bias is None and not _compiling()
+        return fuses and supported(module, x)
+
+    def operands(self, x: Tensor) -> tuple[Tensor, Tensor, Sink | None]:
+        """The input with its planned channels, and the weight with where its gradient goes; or, where the active
+        values are scaled, these."""
         module = self.module
         if x.shape[self.axis] != self.shape[1]:  # all channels, put together by an operation that needs them
+            x = x.index_select(self.axis, self.inputs)
+        if (scale := scale_of(module)) is None:
+            return x.to(module.weight.dtype), module.weight, self.sink
+        return x.to(module.weight.dtype), _ActiveValues.apply(module.weight, self.sink) * scale, None
+
+    def shape_after(self, x: Tensor) -> torch.Size:
+        """Of the output, for an input [N, C, H, W]."""
+        return torch.Size((len(x), *self.taps.passes(*x.shape[2:]).shape))
+
+    def product(self, x: Tensor) -> Tensor:
+        module = self.module
+        if x.shape[self.axis] != self.shape[1]:
             x = x.index_select(self.axis, self.inputs)
         values = _ActiveValues.apply(module.weight, self.sink)
         if (scale := scale_of(module)) is not None:
@@ -200,6 +234,12 @@ class LayerPlan:
             return y if bias is None else y + bias.view(-1, 1, 1)
         weight = values.new_zeros(self.shape).index_put_(self.coordinates, values)
         return F.linear(x, weight, bias) if isinstance(module, nn.Linear) else _convolve(module, x, weight, bias)
+
+    def alone(self) -> LayerPlan:
+        """The same plan, whose results are tensors: for modules with hooks on them."""
+        plan = copy.copy(self)
+        plan.fuses = False
+        return plan
 
     def apart(self, leaves: Mapping[int, Tensor], sinks: dict[int, Sink]) -> LayerPlan:
         """The same plan for a pass on other weights: `leaves` by the ids of the model's; their sinks are noted."""
@@ -235,34 +275,41 @@ class NormPlan:
     A channel that is left out is zero before the norm, so that its mean and variance are zero.
     """
 
-    def __init__(self, module: _BatchNorm, channels: Tensor):
-        self.module = module
-        whole = len(channels) == module.num_features
-        self.channels = slice(None) if whole else channels.to(_device(module))
+    def __init__(self, module: _BatchNorm, channels: Tensor, fuses: bool = False):
+        self.module, self.fuses = module, fuses
+        self.channels = None if len(channels) == module.num_features else channels.to(_device(module))
 
-    def __call__(self, x: Tensor | Split) -> Tensor | Split:
+    def __call__(self, x: Any) -> Any:
         if not isinstance(x, Split):
-            channels = slice(None) if x.shape[1] == self.module.num_features else self.channels
-            y, *found = self._norm(x, channels)
-            self._track((channels, *found))
-            return y
-        y, *found = self._norm(x.kept, self.channels)
-        rest, *constant = self._constants(x.rest, x.channels.rest, x.kept[:, 0].numel())
-        self._track((self.channels, *found), (x.channels.rest, *constant))
+            found = x.channels if isinstance(x, Pending) else x.shape[1]
+            y = self._norm(x, None if found == self.module.num_features else self.channels)
+            return y if self.fuses and not _compiling() else read(y)
+        share = self.share()
+        y = read(self._norm(x.unread, self.channels))
+        rest, *constant = self._constants(x.rest, x.channels.rest, y[:, 0].numel())
+        if share is not None:
+            self._move(share, x.channels.rest, *constant)
         return Split(y, rest, x.channels)
 
     @property
     def _uses_running(self) -> bool:
         return not self.module.training and self.module.running_mean is not None
 
-    def _norm(self, x: Tensor, kept: Tensor | slice) -> tuple[Tensor, Tensor, Tensor]:
-        """The norm of kept channels, and its statistics."""
-        module = self.module
+    def _norm(self, x: Tensor | Pending, channels: Tensor | None) -> Tensor | Pending:
+        """The norm of kept channels."""
+        module, kept = self.module, slice(None) if channels is None else channels
+        if not self._uses_running and (isinstance(x, Pending) or compiled(x)):
+            return (x if isinstance(x, Pending) else Pending(x)).normed(self, channels)
+        x = read(x)
         weight, bias = (None if p is None else p[kept] for p in (module.weight, module.bias))
         if self._uses_running:
-            mean, variance = module.running_mean[kept], module.running_var[kept]
-            return normalise_with(x, mean, variance, weight, bias, module.eps), mean, variance
-        return normalise(x, weight, bias, module.eps)
+            return normalise_with(x, module.running_mean[kept], module.running_var[kept], weight, bias, module.eps)
+        y, mean, variance = normalise(x, weight, bias, module.eps)
+        if (share := self.share()) is not None:
+            self.module.num_batches_tracked.add_(1)
+            torch._foreach_mul_([module.running_mean, module.running_var], 1 - share)
+            self._move(share, kept, mean, variance)
+        return y
 
     def _constants(self, x: Tensor, channels: Tensor, count: int) -> tuple[Tensor, Tensor, Tensor]:
         """The same for channels that are constants of an image, [N or 1, channels, 1, 1], of `count` numbers in all."""
@@ -281,22 +328,22 @@ class NormPlan:
     def apart(self, leaves: Mapping[int, Tensor], sinks: dict[int, Sink]) -> NormPlan:
         return self
 
-    @torch.no_grad()
-    def _track(self, *parts: tuple[Tensor, Tensor, Tensor]) -> None:
-        """Move the running statistics towards those of some channels; all others are zero before the norm."""
-        module = self.module
-        if not module.training or module.running_mean is None:
-            return
-        share = self._share()
-        module.num_batches_tracked.add_(1)
-        for running in (module.running_mean, module.running_var):
-            running.mul_(1 - share)
-        for channels, mean, variance in parts:
-            module.running_mean[channels] += share * mean
-            module.running_var[channels] += share * variance
+    def alone(self) -> NormPlan:
+        """As `LayerPlan.alone`."""
+        plan = copy.copy(self)
+        plan.fuses = False
+        return plan
 
-    def _share(self) -> float:
-        """Share of this batch in the running statistics; without a momentum they are the plain average over batches."""
+    @torch.no_grad()
+    def _move(self, share: float, channels: Tensor | slice, mean: Tensor, variance: Tensor) -> None:
+        self.module.running_mean[channels] += share * mean
+        self.module.running_var[channels] += share * variance
+
+    def share(self) -> float | None:
+        """Share of this batch in the running statistics, None where there are none to move; without a momentum they are
+        the plain average over batches."""
+        if not self.module.training or self.module.running_mean is None:
+            return None
         momentum = self.module.momentum
         return 1 / (float(self.module.num_batches_tracked) + 1) if momentum is None else momentum
 

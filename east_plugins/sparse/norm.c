@@ -5,11 +5,13 @@
  */
 #include <math.h>
 #include <stddef.h>
+#include <stdint.h>
 
 typedef REAL vec __attribute__((vector_size(32), aligned(sizeof(REAL)), may_alias));
+typedef __typeof__((vec){0} < (vec){0}) bits;
 enum { LANES = 32 / sizeof(REAL), WIDE = 4, BLOCK = 4096 };
 
-static inline const vec *at(const REAL *x) { return (const vec *)x; }
+static inline const vec *wide(const REAL *x) { return (const vec *)x; }
 
 /* Sum of (a - shift) * (b - shift2) over n numbers; b NULL for a factor of one. */
 static inline __attribute__((always_inline)) double sum(
@@ -19,9 +21,9 @@ static inline __attribute__((always_inline)) double sum(
     ptrdiff_t i = 0;
     for (; i + WIDE * LANES <= n; i += WIDE * LANES)
         for (int v = 0; v < WIDE; v++) {
-            vec term = at(a + i)[v] - shift;
+            vec term = wide(a + i)[v] - shift;
             if (b)
-                term *= at(b + i)[v] - shift2;
+                term *= wide(b + i)[v] - shift2;
             part[v] += term;
         }
     double total = 0;
@@ -33,14 +35,67 @@ static inline __attribute__((always_inline)) double sum(
     return total;
 }
 
-/* y = weight (x - mean) / sqrt(variance + eps) + bias, mean and biased variance of each channel of n numbers. */
-void norm_forward(int channels, ptrdiff_t n, const REAL *x, const REAL *weight, const REAL *bias, double eps, REAL *y,
-                  double *mean, double *variance)
+/* A norm of `channels` channels of n numbers each. Channel c is number at[c] of weight, bias (both may be NULL) and the
+ * running statistics; `at` NULL: number c. With `relu` and `residual` y is relu(norm + residual); either may be absent.
+ * The running statistics of `size` channels, unless NULL, move by `share` towards those of the batch. */
+typedef struct {
+    ptrdiff_t channels, n, size;
+    const int64_t *at;
+    const REAL *weight, *bias;
+    REAL *running_mean, *running_var;
+    double eps, share;
+    int relu;
+} Norm;
+
+static inline ptrdiff_t number(const Norm *p, ptrdiff_t c) { return p->at ? p->at[c] : c; }
+
+static inline __attribute__((always_inline)) void apply(
+    const REAL *in, ptrdiff_t n, REAL centre, REAL a, REAL b, const REAL *residual, REAL *out, const int relu)
 {
+    ptrdiff_t i = 0;
+    for (; i + LANES <= n; i += LANES) {
+        vec y = (*wide(in + i) - centre) * a + b;
+        if (residual)
+            y += *wide(residual + i);
+        if (relu)
+            y = (vec)((bits)y & ~(y < 0)); /* a NaN stays one */
+        *(vec *)(out + i) = y;
+    }
+    for (; i < n; i++) {
+        REAL y = (in[i] - centre) * a + b;
+        if (residual)
+            y += residual[i];
+        out[i] = relu && y < 0 ? 0 : y;
+    }
+}
+
+/* Rounded before it is added, as PyTorch's operations do. */
+static REAL rounded(volatile REAL x) { return x; }
+
+/* Channels that the batch has not are zero there. */
+static void track(const Norm *p, const double *mean, const double *variance)
+{
+    const REAL take = (REAL)p->share, keep = (REAL)(1 - p->share);
+    const double unbiased = p->n > 1 ? (double)p->n / (double)(p->n - 1) : (double)p->n;
+    for (ptrdiff_t i = 0; i < p->size; i++) {
+        p->running_mean[i] *= keep;
+        p->running_var[i] *= keep;
+    }
+    for (ptrdiff_t c = 0; c < p->channels; c++) {
+        p->running_mean[number(p, c)] += rounded(take * (REAL)mean[c]);
+        p->running_var[number(p, c)] += rounded(take * (REAL)(variance[c] * unbiased));
+    }
+}
+
+/* y = relu(weight (x - mean) / sqrt(variance + eps) + bias + residual). `found`: mean and then biased variance of each
+ * channel. */
+void norm_forward(const Norm *p, const REAL *x, const REAL *residual, REAL *y, double *found)
+{
+    double *mean = found, *variance = found + p->channels;
+    const ptrdiff_t n = p->n;
 #pragma omp parallel for schedule(dynamic)
-    for (int c = 0; c < channels; c++) {
-        const REAL *in = x + c * n;
-        REAL *out = y + c * n;
+    for (ptrdiff_t c = 0; c < p->channels; c++) {
+        const REAL *in = x + c * n, *other = residual ? residual + c * n : NULL;
         double m = 0, squares = 0;
         for (ptrdiff_t i = 0; i < n; i += BLOCK) {
             const ptrdiff_t count = n - i < BLOCK ? n - i : BLOCK;
@@ -52,25 +107,35 @@ void norm_forward(int channels, ptrdiff_t n, const REAL *x, const REAL *weight, 
         }
         mean[c] = m;
         variance[c] = squares / (double)n;
-        const double scale = (weight ? (double)weight[c] : 1) / sqrt(variance[c] + eps);
-        const REAL centre = (REAL)m, a = (REAL)scale;
-        const REAL b = (REAL)((bias ? (double)bias[c] : 0) + ((double)centre - m) * scale);
-        ptrdiff_t i = 0;
-        for (; i + LANES <= n; i += LANES)
-            *(vec *)(out + i) = (*at(in + i) - centre) * a + b;
-        for (; i < n; i++)
-            out[i] = (in[i] - centre) * a + b;
+        const double scale = (p->weight ? (double)p->weight[number(p, c)] : 1) / sqrt(variance[c] + p->eps);
+        const double shift = p->bias ? (double)p->bias[number(p, c)] : 0;
+        const REAL centre = (REAL)m, a = (REAL)scale, b = (REAL)(shift + ((double)centre - m) * scale);
+        if (p->relu)
+            apply(in, n, centre, a, b, other, y + c * n, 1);
+        else
+            apply(in, n, centre, a, b, other, y + c * n, 0);
     }
+    if (p->running_mean)
+        track(p, mean, variance);
 }
 
-/* Gradients of the input, weight and bias (the latter two may be NULL), from that of the output. */
-void norm_backward(int channels, ptrdiff_t n, const REAL *x, const REAL *weight, const double *mean,
-                   const double *variance, double eps, const REAL *grad, REAL *grad_x, REAL *grad_weight, REAL *grad_bias)
+/* Gradients of the input, residual, weight and bias (the latter three may be NULL), from that of the output y. */
+void norm_backward(const Norm *p, const REAL *x, const REAL *y, const double *found, const REAL *grad, REAL *grad_x,
+                   REAL *grad_residual, REAL *grad_weight, REAL *grad_bias)
 {
+    const double *mean = found, *variance = found + p->channels;
+    const ptrdiff_t n = p->n;
 #pragma omp parallel for schedule(dynamic)
-    for (int c = 0; c < channels; c++) {
+    for (ptrdiff_t c = 0; c < p->channels; c++) {
         const REAL *in = x + c * n, *g = grad + c * n;
         REAL *out = grad_x + c * n;
+        if (p->relu) { /* to where it is wanted, or to be overwritten */
+            const REAL *of = y + c * n;
+            REAL *passed = grad_residual ? grad_residual + c * n : out;
+            for (ptrdiff_t i = 0; i < n; i++)
+                passed[i] = of[i] <= 0 ? 0 : g[i];
+            g = passed;
+        }
         const REAL centre = (REAL)mean[c];
         double total = 0, product = 0;
         for (ptrdiff_t i = 0; i < n; i += BLOCK) {
@@ -79,18 +144,18 @@ void norm_backward(int channels, ptrdiff_t n, const REAL *x, const REAL *weight,
             product += sum(g + i, 0, in + i, centre, count);
         }
         product += ((double)centre - mean[c]) * total;
-        const double inverse = 1 / sqrt(variance[c] + eps);
+        const double inverse = 1 / sqrt(variance[c] + p->eps);
         if (grad_weight)
-            grad_weight[c] = (REAL)(product * inverse);
+            grad_weight[number(p, c)] = (REAL)(product * inverse);
         if (grad_bias)
-            grad_bias[c] = (REAL)total;
-        const double scale = (weight ? (double)weight[c] : 1) * inverse;
+            grad_bias[number(p, c)] = (REAL)total;
+        const double scale = (p->weight ? (double)p->weight[number(p, c)] : 1) * inverse;
         const double slope = -scale * inverse * inverse * product / (double)n;
         const REAL a = (REAL)scale, b = (REAL)slope;
         const REAL shift = (REAL)(-scale * total / (double)n + ((double)centre - mean[c]) * slope);
         ptrdiff_t i = 0;
         for (; i + LANES <= n; i += LANES)
-            *(vec *)(out + i) = *at(g + i) * a + (*at(in + i) - centre) * b + shift;
+            *(vec *)(out + i) = *wide(g + i) * a + (*wide(in + i) - centre) * b + shift;
         for (; i < n; i++)
             out[i] = g[i] * a + (in[i] - centre) * b + shift;
     }

@@ -1,24 +1,27 @@
-"""Batch norm of tensors whose images lie side by side in memory ("planes", see `taps`)."""
+"""Batch norm of tensors whose images lie side by side in memory ("planes", see `taps`), by `norm.c`."""
 
 from __future__ import annotations
 
 import ctypes
+import functools
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from . import kernel
-from .once import once
-from .taps import images_first, in_planes, planes
+from .taps import in_planes
+
+
+def compiled(x: Tensor) -> bool:
+    """Whether `Norm` takes this input [N, C, H, W]."""
+    return x.is_cpu and x.dtype in kernel.REAL and in_planes(x) and kernel.load(x.dtype) is not None
 
 
 def normalise(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> tuple[Tensor, Tensor, Tensor]:
     """Batch norm of a training batch [N, C, ...]; also its mean and unbiased variance [C], without gradients."""
-    if in_planes(x) and x.device.type == "cpu" and x.dtype in kernel.REAL and kernel.load(x.dtype) is not None:
-        y, mean, variance = _Normalise.apply(x, weight, bias, eps)
-        count = x.numel() // x.shape[1]
-        return y, mean.to(x.dtype), (variance * (count / max(1, count - 1))).to(x.dtype)
     mean, variance = x.new_zeros(2, x.shape[1], dtype=torch.promote_types(x.dtype, torch.float32))
     return F.batch_norm(x, mean, variance, weight, bias, True, 1.0, eps), mean, variance
 
@@ -34,31 +37,76 @@ def normalise_with(
     return torch.addcmul(shift[:, None, None], x, scale[:, None, None])
 
 
-class _Normalise(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float):
-        x = planes(x)
-        y = torch.empty_like(x)
-        mean, variance = torch.empty(2, len(x), dtype=torch.float64).unbind()
-        tensors = [kernel.pointer(tensor) for tensor in (x, weight, bias, y, mean, variance)]
-        kernel.load(x.dtype).norm_forward(*_sizes(x), *tensors[:3], ctypes.c_double(eps), *tensors[3:])
-        ctx.save_for_backward(x, weight, mean, variance)
-        ctx.eps, ctx.has_bias = eps, bias is not None
-        ctx.mark_non_differentiable(mean, variance)
-        return images_first(y), mean, variance
+class _Struct(ctypes.Structure):
+    """`Norm` of norm.c."""
 
-    @staticmethod
-    @once
-    def backward(ctx, grad: Tensor, *_):
-        x, weight, mean, variance = ctx.saved_tensors
-        grad, grad_x = planes(grad), torch.empty_like(x)
-        grad_weight = None if weight is None else torch.empty_like(weight)
-        grad_bias = x.new_empty(len(x)) if ctx.has_bias else None
-        before = [kernel.pointer(tensor) for tensor in (x, weight, mean, variance)]
-        after = [kernel.pointer(tensor) for tensor in (grad, grad_x, grad_weight, grad_bias)]
-        kernel.load(x.dtype).norm_backward(*_sizes(x), *before, ctypes.c_double(ctx.eps), *after)
-        return grad_x.permute(3, 0, 1, 2), grad_weight, grad_bias, None
+    _fields_ = [
+        *((name, ctypes.c_ssize_t) for name in ("channels", "n", "size")),
+        *((name, ctypes.c_void_p) for name in ("at", "weight", "bias", "running_mean", "running_var")),
+        ("eps", ctypes.c_double),
+        ("share", ctypes.c_double),
+        ("relu", ctypes.c_int),
+    ]
 
 
-def _sizes(x: Tensor) -> tuple[ctypes.c_int, ctypes.c_ssize_t]:
-    return ctypes.c_int(len(x)), ctypes.c_ssize_t(x[0].numel())
+class Norm:
+    """The passes of a norm over channels in planes [C, H, W, N], with what may follow: y = relu(norm(x) + residual).
+
+    Args:
+        weight, bias: of all channels of the module, or None.
+        channels: which of them the planes have; int64. None for all.
+        share: of this batch in the module's running statistics, which are moved; None where they are not.
+    """
+
+    def __init__(
+        self, module: _BatchNorm, weight: Tensor | None, bias: Tensor | None, channels: Tensor | None,
+        share: float | None, relu: bool,
+    ):  # fmt: skip
+        self.weight, self.bias, self.relu = weight, bias, relu
+        self._moved = [] if share is None else [module.running_mean, module.running_var, module.num_batches_tracked]
+        at, of_weight, of_bias, *running = map(_address, (channels, weight, bias, *(self._moved or (None, None))))
+        self._struct = _Struct(
+            0, 0, module.num_features, at, of_weight, of_bias, *running[:2], module.eps, share or 0.0, relu
+        )
+
+    def forward(self, x: Tensor, residual: Tensor | None) -> tuple[Tensor, Tensor]:
+        """The result, [N, C, H, W] in planes, and float64 [2, C]: mean and biased variance of x."""
+        channels, height, width, images = x.shape
+        positions = height * width * images
+        y = x.new_empty_strided((images, channels, height, width), (1, positions, width * images, images))
+        found = torch.empty(2, channels, dtype=torch.float64)
+        self._struct.channels, self._struct.n = channels, positions
+        forward, _ = _functions(x.dtype)
+        forward(ctypes.byref(self._struct), *map(_address, (x, residual, y, found)))
+        if self._moved:
+            self._moved[2].add_(1)
+            torch.autograd.graph.increment_version(self._moved[:2])
+        return y, found
+
+    def backward(
+        self, x: Tensor, y: Tensor | None, found: Tensor, grad: Tensor, wanted: tuple[bool, bool, bool]
+    ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
+        """Gradients of x, and where they are wanted of the weight, bias and residual. `y` is needed for a ReLU."""
+        grad_x = torch.empty_like(x)
+        grad_weight, grad_bias = (
+            torch.zeros_like(of) if of is not None and each else None
+            for of, each in zip((self.weight, self.bias), wanted[:2], strict=True)
+        )
+        passed = torch.empty_like(x) if wanted[2] and self.relu else None
+        tensors = (x, y, found, grad, grad_x, passed, grad_weight, grad_bias)
+        _, backward = _functions(x.dtype)
+        backward(ctypes.byref(self._struct), *map(_address, tensors))
+        return grad_x, grad_weight, grad_bias, grad if wanted[2] and passed is None else passed
+
+
+def _address(tensor: Tensor | None) -> int | None:
+    return None if tensor is None else tensor.data_ptr()
+
+
+@functools.cache
+def _functions(dtype: torch.dtype) -> tuple[Any, Any]:
+    """`norm_forward` and `norm_backward`, which take the struct and addresses."""
+    library = kernel.load(dtype)
+    assert library is not None  # or it would not have come here, see `compiled`
+    library.norm_forward.argtypes, library.norm_backward.argtypes = [ctypes.c_void_p] * 5, [ctypes.c_void_p] * 9
+    return library.norm_forward, library.norm_backward

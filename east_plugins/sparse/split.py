@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .fused import Pending, read
 from .lines import max_of_lines, position_mean
 
 _POINTWISE = {
@@ -59,10 +60,19 @@ class Split:
     raise `NotImplementedError`, so that the engine falls back to all channels.
     """
 
-    def __init__(self, kept: Tensor, rest: Tensor, channels: Channels):
+    def __init__(self, kept: Tensor | Pending, rest: Tensor, channels: Channels):
         if rest.shape[2:] != (1, 1):
             raise NotImplementedError("a channel left out would depend on the position")
-        self.kept, self.rest, self.channels = kept, rest, channels
+        self.unread, self.rest, self.channels = kept, rest, channels
+
+    @property
+    def kept(self) -> Tensor:
+        self.unread = read(self.unread)
+        return self.unread
+
+    @kept.setter
+    def kept(self, kept: Tensor) -> None:
+        self.unread = kept
 
     @classmethod
     def __torch_function__(cls, func, types, args=(), kwargs=None):

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -140,11 +141,12 @@ class RowConvolution:
         geometry = taps.geometry(height, width)
         self._taps, self._geometry, self._sides = taps, geometry, (_side(taps.by_output), _side(taps.by_input))
         self._listed = tuple(map(kernel.pointer, (taps.target, taps.source, taps.row, taps.column)))
-        self._shape = taps.outputs, geometry.rows.out, geometry.columns.out
+        self._structs: dict[tuple[int, int, bool], Any] = {}
+        self.shape = taps.outputs, geometry.rows.out, geometry.columns.out
 
     def convolve(self, x: Tensor, values: Tensor) -> Tensor:
         """[inputs, H, W, N] to [outputs, H', W', N]."""
-        out = x.new_empty(*self._shape, x.shape[3])
+        out = x.new_empty(*self.shape, x.shape[3])
         self._gather(False, values, x, out)
         return out
 
@@ -156,16 +158,22 @@ class RowConvolution:
     def weight_gradient(self, grad: Tensor, x: Tensor) -> Tensor:
         """Of every tap, in float64."""
         total = torch.empty(len(self._taps.target), dtype=torch.float64)
-        struct = ctypes.byref(self._geometry.struct(x.shape[3], 0))
+        struct = self._struct(x.shape[3], 0)
         tensors = map(kernel.pointer, (grad, x, total))
         kernel.load(x.dtype).weight_gradient(struct, len(total), *self._listed, *tensors)
         return total
 
     def _gather(self, backward: bool, values: Tensor, x: Tensor, out: Tensor) -> None:
         side = self._taps.by_input if backward else self._taps.by_output
-        struct = ctypes.byref(self._geometry.struct(x.shape[3], side.most, backward))
+        struct = self._struct(x.shape[3], side.most, backward)
         tensors = map(kernel.pointer, (values, x, out))
         kernel.load(x.dtype).gather(struct, side.channels, *self._sides[backward], *tensors)
+
+    def _struct(self, images: int, most: int, backward: bool = False) -> Any:
+        key = images, most, backward
+        if key not in self._structs:
+            self._structs[key] = ctypes.byref(self._geometry.struct(images, most, backward))
+        return self._structs[key]
 
 
 def _side(side: _Side) -> tuple[ctypes.c_void_p, ...]:

@@ -9,8 +9,8 @@ from torch import nn
 
 from east_plugins.ops.active import Active
 from east_plugins.sparse import kernel
-from east_plugins.sparse.layers import LayerPlan, Sink
-from east_plugins.sparse.norm import normalise, normalise_with
+from east_plugins.sparse.layers import LayerPlan, NormPlan, Sink
+from east_plugins.sparse.norm import normalise_with
 from east_plugins.sparse.taps import in_planes
 
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 2e-5}
@@ -104,9 +104,15 @@ def test_the_norm_equals_pytorchs_and_its_gradients(channels, images, side, affi
     running = torch.zeros(channels, dtype=torch.float64), torch.ones(channels, dtype=torch.float64)
     expected = F.batch_norm(exact[0], *running, *exact[1:], True, 1.0, 1e-5)
     (expected * direction.to(dtype).double()).sum().backward()
-    ours = [t if t is None else t.detach().to(dtype).requires_grad_() for t in (as_planes(x), weight, bias)]
-    y, mean, variance = normalise(*ours, 1e-5)
+    module = nn.BatchNorm2d(channels, momentum=1.0, affine=affine, dtype=dtype)
+    ours = [as_planes(x).to(dtype).requires_grad_(), module.weight, module.bias]
+    if affine:
+        with torch.no_grad():
+            module.weight.copy_(weight)
+            module.bias.copy_(bias)
+    y = NormPlan(module, torch.arange(channels))(ours[0])
     (y * direction.to(dtype)).sum().backward()
+    mean, variance = module.running_mean, module.running_var
     tolerance = 1e-9 if dtype == torch.float64 else 2e-3 if offset else 1e-4
     for got, want in [(y, expected), (mean, running[0]), (variance, running[1])]:
         torch.testing.assert_close(got.double(), want, rtol=tolerance, atol=tolerance)
