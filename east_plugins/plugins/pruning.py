@@ -26,10 +26,12 @@ def magnitude(layer: Layer) -> Tensor:
 @pruning.register("SET")
 @dataclass(frozen=True)
 class SmallestOfEachSign:
-    """The smallest positive and the largest negative weights, as many of each as there are (SET, Mocanu et al. 2018).
+    """Zeros, then the smallest positive and the largest negative weights, as many of each as there are (SET, Mocanu et
+    al. 2018).
 
     An importance is a weight's rank among those of its sign, so that the lowest of all are half of either sign as far
-    as there are any; zeros count as positive, equal weights are ranked at random.
+    as there are any; equal weights are ranked at random. Zeros, which a weight without gradient stays at, are of no
+    sign: counted as of one, they would leave its weights alone and wear the other's away.
     """
 
     def __call__(self, layer: Layer) -> Tensor:
@@ -38,8 +40,8 @@ class SmallestOfEachSign:
     def over_layers(self, layers: Sequence[Layer]) -> list[Tensor]:
         """Ranks among the active weights of one sign of all layers together, for pruning over all layers."""
         active = torch.cat([layer.weight[layer.mask].float() for layer in layers])
-        ranks = torch.empty_like(active)
-        for one_sign in (active >= 0, active < 0):
+        ranks = torch.full_like(active, -1)
+        for one_sign in (active > 0, active < 0):
             size = active[one_sign].abs()
             shuffled = torch.randperm(len(size), generator=layers[0].generator).to(size.device)
             order = shuffled[size[shuffled].argsort(stable=True)]

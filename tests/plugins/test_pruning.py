@@ -96,6 +96,26 @@ def test_set_removes_half_from_each_sign_as_far_as_there_are_any(rate, positive,
             assert torch.equal(mine.sort().values, all_of_it[all_of_it * s > 0].abs().sort().values[: len(mine)])
 
 
+@pytest.mark.parametrize("scope", ["local", "all"])
+def test_set_removes_zeros_first_and_then_half_from_each_sign(scope):
+    _, host = host_of(density=0.6)
+    with torch.no_grad():
+        for name, weight in host.weights.items():
+            weight.copy_((torch.randn_like(weight) * (torch.rand_like(weight) < 0.7)) * host.masks[name])
+    everything = {}
+    for rate in (0.1, 0.5):
+        found = host.removed_by("SET", rate, scope)
+        parts = [(host.masks[n], found[n], w.detach()) for n, w in host.weights.items()]
+        if scope == "all":
+            parts = [tuple(torch.cat([part.flatten() for part in each]) for each in zip(*parts, strict=True))]
+        everything[rate] = [(int((w[m] == 0).sum()), int(m.sum()), w[gone]) for m, gone, w in parts]
+    for zeros, active, gone in everything[0.1]:
+        assert zeros > int(0.1 * active) == int((gone == 0).sum()) == len(gone)
+    for zeros, active, gone in everything[0.5]:
+        assert zeros == int((gone == 0).sum()) and len(gone) == int(0.5 * active)
+        assert abs(int((gone > 0).sum()) - int((gone < 0).sum())) <= 1
+
+
 def test_random_removes_any_weight():
     seen = torch.zeros(4, 9, dtype=torch.bool)
     _, host = host_of(density=1.0)
