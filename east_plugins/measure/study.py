@@ -12,6 +12,8 @@ from torch import Tensor
 from ..errors import UsageError
 from ..ops import checkpoints
 from ..plugins import registry
+from ..training import runs
+from ..training.images import Kept
 from ..training.study import Cell
 from ..training.trainer import Trainer
 from .ranks import Ranks, ranks
@@ -75,12 +77,12 @@ def final_masks(cells: Sequence[Cell]) -> dict[str, dict[int, Masks]]:
     return found
 
 
-def end_similarity(cells: Sequence[Cell]) -> Pairs:
+def end_similarity(cells: Sequence[Cell], kept: Kept | None = None) -> Pairs:
     """Jaccard index, the mean over layers, of the final masks of every two criteria with the same seed, with the masks
     that both began with (`start`), and what it is expected to be of random masks (`expected`). `cells` differ in
-    criterion and seed only."""
+    criterion and seed only; `kept` as of `training.images.load`."""
     masks = final_masks(cells)
-    starts = {cell.seed: _start(cell) for cell in cells if cell.criterion == cells[0].criterion}
+    starts = {cell.seed: _start(cell, kept) for cell in cells if cell.criterion == cells[0].criterion}
     everywhere = {name: mask | ~mask for name, mask in next(iter(starts.values())).items()}
     found = _pairs({**masks, START: starts})
     for name, each in masks.items():
@@ -88,8 +90,13 @@ def end_similarity(cells: Sequence[Cell]) -> Pairs:
     return found
 
 
-def _start(cell: Cell) -> Masks:
-    return {name: mask.clone() for name, mask in Trainer(cell.job.options, cell.job.out).host.masks.items()}
+def _start(cell: Cell, kept: Kept | None) -> Masks:
+    return {name: mask.clone() for name, mask in _trainer(cell, kept).host.masks.items()}
+
+
+def _trainer(cell: Cell, kept: Kept | None) -> Trainer:
+    options = cell.job.options
+    return Trainer(options, cell.job.out, runs.load_data(options, kept))
 
 
 def _pairs(masks: Mapping[str, Mapping[int, Masks]]) -> Pairs:
@@ -99,7 +106,7 @@ def _pairs(masks: Mapping[str, Mapping[int, Masks]]) -> Pairs:
     }
 
 
-def choice_similarity(cells: Sequence[Cell]) -> Pairs:
+def choice_similarity(cells: Sequence[Cell], kept: Kept | None = None) -> Pairs:
     """Jaccard index, the mean over layers, of the weights that every two criteria choose for removal in one network
     state, of each seed: at the first topology update, of the first criterion's run. `expected`: what is expected of
     random choices of as many. Criteria that average over steps are left out, as each would need a run of its own."""
@@ -107,7 +114,7 @@ def choice_similarity(cells: Sequence[Cell]) -> Pairs:
     firsts = {cell.seed: cell for cell in reversed(cells) if cell.criterion == next(iter(chosen), None)}
     expected: dict[str, list[float]] = {name: [] for name in chosen}
     for seed, cell in sorted(firsts.items()):
-        trainer = Trainer(cell.job.options, cell.job.out)
+        trainer = _trainer(cell, kept)
         next(trainer.updates())
         for name, masks in _choices(trainer, cells).items():
             chosen[name][seed] = masks
@@ -115,7 +122,7 @@ def choice_similarity(cells: Sequence[Cell]) -> Pairs:
     return {**_pairs(chosen), **{(name, EXPECTED): some for name, some in expected.items()}}
 
 
-def choices_over_time(cells: Sequence[Cell], every: int) -> list[dict[str, Any]]:
+def choices_over_time(cells: Sequence[Cell], every: int, kept: Kept | None = None) -> list[dict[str, Any]]:
     """How alike the choice of a criterion and those of the others are at every `every`-th topology update of its run,
     from the first on (Nowak et al. 2023, Figure 18): one record an update and pair, with the Jaccard index of the
     weights chosen for removal and what is expected of random choices. Not symmetric: the state is that of the run of
@@ -124,7 +131,7 @@ def choices_over_time(cells: Sequence[Cell], every: int) -> list[dict[str, Any]]
     found = []
     for criterion in _choosing(cells):
         cell = next(cell for cell in cells if cell.criterion == criterion)
-        trainer = Trainer(cell.job.options, cell.job.out)
+        trainer = _trainer(cell, kept)
         for number, step in enumerate(trainer.updates()):
             if number % every:
                 continue

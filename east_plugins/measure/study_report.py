@@ -13,6 +13,7 @@ from typing import Any
 
 from ..ops import figures, files
 from ..ops import text as tables
+from ..training.images import Kept
 from ..training.report import Report
 from ..training.study import Cell
 from . import study
@@ -51,9 +52,10 @@ def write(
     found = study.average_ranks(done, low)
     if found:
         parts.append(_ranks(out, found, pictures, say))
-    similar(out, done, periods, pictures)
+    kept: Kept = {}
+    similar(out, done, periods, pictures, kept)
     if choices_every is not None:
-        over_time(out, done, choices_every, pictures, say)
+        over_time(out, done, choices_every, pictures, kept, say)
     text = "\n".join([f"# {title}\n", *parts, *(f"![{words}]({name})\n" for name, words in pictures)])
     files.write_atomically(out / "study.md", text)
     todo, pairs = [cell.job for cell, _ in done], [(cell.job, dict(summary)) for cell, summary in done]
@@ -127,15 +129,15 @@ def _settings(done: Done) -> Iterator[tuple[str, float, int, list[Cell]]]:
 
 
 def over_time(
-    out: Path, done: Done, every: int, pictures: list[tuple[str, str]], say: Callable[[str], None] = lambda line: None
+    out: Path, done: Done, every: int, pictures: list[tuple[str, str]], kept: Kept, say: Callable[[str], None]
 ) -> None:
     """`choices.csv`, and a picture for each setting: similarity of choices at every `every`-th update."""
     lines = []
     for growth, density, period, cells in _settings(done):
         words = f"{growth} growth, density {density:g}, an update every {period} steps"
         say(f"choices   {words}: every criterion's run is trained again")
-        records = study.choices_over_time(cells, every)
-        if not records:  # of criteria that average over steps
+        records = study.choices_over_time(cells, every, kept)
+        if not records:
             continue
         lines += [[growth, density, period, *record.values()] for record in records]
         name = f"choices-{growth.replace(':', '_')}-{density:g}-every{period}.png"
@@ -146,7 +148,7 @@ def over_time(
         _csv(out / "choices.csv", head, lines)
 
 
-def similar(out: Path, done: Done, periods: Sequence[int], pictures: list[tuple[str, str]]) -> None:
+def similar(out: Path, done: Done, periods: Sequence[int], pictures: list[tuple[str, str]], kept: Kept) -> None:
     """Similarity of choices and final masks, at every density and growth of the first period."""
     lines: list[list[Any]] = []
     shares: list[list[Any]] = []
@@ -154,8 +156,9 @@ def similar(out: Path, done: Done, periods: Sequence[int], pictures: list[tuple[
         if period != periods[0]:
             continue
         words = f"{growth} growth, density {density:g}"
-        for kind, pairs in (("choice", study.choice_similarity(cells)), ("masks", study.end_similarity(cells))):
-            if not pairs:
+        choices, ends = study.choice_similarity(cells, kept), study.end_similarity(cells, kept)
+        for kind, pairs in (("choice", choices), ("masks", ends)):
+            if not pairs:  # all criteria average over steps
                 continue
             name = f"{kind}-{growth.replace(':', '_')}-{density:g}.png"
             what = "weights chosen for removal in one state" if kind == "choice" else "masks at the end"
