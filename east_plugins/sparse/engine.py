@@ -93,7 +93,9 @@ class Engine:
         self._foreign = self._hooked = False
         self._narrow = self._fuses = True
         self._check = Check(self.model, self._forcing, input_shape)
-        self._agreed: set[Any] = set()  # modes in which the present plans were found right
+        self._agreed: set[Any] = set()  # modes in which the present plans are right
+        self._seen: dict[Any, set[Any]] = {}  # by kind of plans: states of layers in which they were found right
+        self._topologies: dict[Any, int] = {}  # by kind of plans: how many there were
         self._handles: list[Any] = []
         self._thread = _Thread()
         self._lock = threading.RLock()
@@ -288,13 +290,18 @@ class Engine:
 
     def _settle(self, x: Tensor) -> None:
         """See to it that the plans give the dense results in the model's mode, or there are none."""
+        if self._plans is None or self.model.training in self._agreed:
+            return
+        if not self._must_be_checked(self._kind()):
+            self._agreed.add(self.model.training)
         while self._plans is not None and self.model.training not in self._agreed:
-            kind = self.model.training, self._narrow, _reads_all_channels(self.model)
+            kind = self._kind()
             gradients = "" if kind in self._gives_gradients or not self.model.training else "active"
             check = functools.partial(self._check.agrees, self._plans, x, self._masks_by_id(), gradients=gradients)
             if unseen(check):
                 self._agreed.add(self.model.training)
                 self._gives_gradients.add(kind)
+                self._seen.setdefault(kind, set()).update(self._states())
             elif self._fuses:
                 self._fuses, self._plans = False, {module: plan.alone() for module, plan in self._plans.items()}
             elif self._narrow:
@@ -304,6 +311,25 @@ class Engine:
                 self.reason = "the sparse computation of this network gives another result than the dense one"
                 logger.warning("the engine is dense from now on: %s", self.reason)
                 self._plans = None
+
+    def _kind(self) -> tuple[bool, ...]:
+        """What plans are made for, beside the masks."""
+        return self.model.training, self._narrow, self._fuses, _reads_all_channels(self.model)
+
+    def _must_be_checked(self, kind: Any) -> bool:
+        """Whether plans are compared with the dense passes, which costs more than a step: where a layer is in a state
+        (all of its channels kept, some or none) in which no plans of their kind were, and for the 1st, 2nd, 4th, 8th
+        topology and so on."""
+        count = self._topologies[kind] = self._topologies.get(kind, 0) + 1
+        return count & (count - 1) == 0 or not self._states() <= self._seen.get(kind, set())
+
+    def _states(self) -> set[tuple[nn.Module, int, str]]:
+        """Each layer's and norm's sides, and whether all, some or none of their channels are kept."""
+        found = set()
+        for module, sides in self._kept.items():
+            for i, (kept, every) in enumerate(zip(sides, _channels(module), strict=True)):
+                found.add((module, i, "none" if len(kept) == 0 else "all" if len(kept) == every else "some"))
+        return found
 
     def _masks_by_id(self) -> dict[int, Tensor]:
         return {id(self._weights[name]): mask for name, mask in self._own_masks().items()}
@@ -447,11 +473,12 @@ def _reads_all_channels(model: nn.Module) -> bool:
 
 
 def _all_channels(modules: Iterable[nn.Module]) -> Kept:
-    kept = {}
-    for module in modules:
-        if _is_norm(module):
-            kept[module] = (torch.arange(module.num_features),)
-        else:
-            outputs, inputs = module.weight.shape[:2]
-            kept[module] = torch.arange(inputs * getattr(module, "groups", 1)), torch.arange(outputs)
-    return kept
+    return {module: tuple(map(torch.arange, _channels(module))) for module in modules}
+
+
+def _channels(module: nn.Module) -> tuple[int, ...]:
+    """How many channels a layer reads and writes, or a norm has."""
+    if _is_norm(module):
+        return (module.num_features,)
+    outputs, inputs = module.weight.shape[:2]
+    return inputs * getattr(module, "groups", 1), outputs

@@ -14,7 +14,7 @@ from east_plugins import Masking
 from east_plugins.errors import UsageError
 from east_plugins.ops.paths import effective_density
 from east_plugins.plugins.activation import PhaseOut, attach, factory
-from east_plugins.plugins.density import Constant, Cyclic
+from east_plugins.plugins.density import Constant, Cyclic, OneShot
 from east_plugins.plugins.transform.dct import convert
 from east_plugins.plugins.transform.sharing import share
 from east_plugins.sparse import Engine, kernel
@@ -432,6 +432,33 @@ def test_rounding_that_a_norm_blows_up_is_no_disagreement(caplog):
     engine = Engine(host, (3, 16, 16), "sparse")
     model(torch.randn(2, 3, 16, 16))
     assert not engine.dense and "channels" not in caplog.text
+
+
+def test_a_constant_at_the_kink_of_a_relu_is_no_disagreement(caplog):
+    """Active weights that read constants feed norms whose shift is zero at first: whether a gradient passes the ReLU is
+    a matter of rounding, and is no reason to be dense for good."""
+    torch.manual_seed(0)
+    model = models.build("resnet34", 10, image_size=16, width=16)
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    host = Masking.of("rigl", model, optimizer, density=0.001, steps=1000, input_shape=(3, 16, 16))
+    engine = Engine(host, (3, 16, 16), "sparse")
+    model(torch.randn(4, 3, 16, 16))
+    assert not engine.dense and "channels" not in caplog.text
+
+
+def test_plans_are_compared_where_layers_are_in_a_new_state_and_ever_more_rarely_else(monkeypatch):
+    def compared(engine, steps, **kwargs):
+        found, run = [], engine._check.agrees
+        monkeypatch.setattr(engine._check, "agrees", lambda *a, **k: found.append(host.steps) or run(*a, **k))
+        train(model, host, steps, **kwargs)
+        return found
+
+    model, host, engine = build("sparse", frequency=1, growth="random")
+    once = compared(engine, 40)
+    assert 5 < len(once) < 20  # of 40 topologies
+
+    model, host, engine = build("sparse", density=0.01, schedule=OneShot(0.01, stop=5, end=8))
+    assert 5 in compared(engine, 8)  # channels fall away for the first time
 
 
 @pytest.mark.parametrize("of", ["active", "all"])
