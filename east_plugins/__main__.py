@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import importlib
 import os
@@ -10,6 +11,7 @@ from collections.abc import Sequence
 
 from . import __version__
 from .commands.parsing import program
+from .commands.waiting import told
 from .errors import EastError, Interrupted, UnknownNameError
 
 #: Command to its line of help; each is the `main` of the module of its name in `commands`.
@@ -85,7 +87,9 @@ def _run(argv: list[str]) -> int:
         return 0
     if argv[0] not in COMMANDS:
         raise UnknownNameError("command", argv[0], COMMANDS)
-    return importlib.import_module(f".commands.{argv[0]}", __package__).main(argv[1:])
+    quiet = argv[0] == "run" or "--quiet" in argv  # what a script says is its own
+    with contextlib.nullcontext() if quiet else told(argv[0]):
+        return importlib.import_module(f".commands.{argv[0]}", __package__).main(argv[1:])
 
 
 if __name__ == "__main__":

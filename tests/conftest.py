@@ -10,6 +10,8 @@ os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp(prefix="east-cache-")  # the eng
 import pytest
 import torch
 
+from east_plugins.commands import waiting
+
 
 def pytest_addoption(parser):
     parser.addoption("--run-slow", action="store_true", help="also run the tests marked slow")
@@ -27,3 +29,8 @@ def pytest_collection_modifyitems(config, items):
 def _same_numbers_every_time():
     torch.manual_seed(0)
     torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))  # commands that a test called may have changed it
+
+
+@pytest.fixture(autouse=True)
+def _no_word_of_waiting(monkeypatch):
+    monkeypatch.setattr(waiting, "FIRST", 1e6)  # a busy machine is slow, and tests count lines

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from ..errors import UsageError
+from ..ops.doing import doing
 from ..ops.files import write_atomically
 from ..options import flags
 from .parsing import add_trust, parser
@@ -30,6 +31,7 @@ def main(argv: Sequence[str]) -> int:
     found = _of_script(args) if args.network or args.run.is_file() else _of_run(args)
     from ..export.verify import verify
 
+    doing(f"checking the {args.format} file on {len(found.images)} {found.images_are}")
     difference = verify(found.file.run, found.model, found.masks, found.images, f"the {args.format} file")
     try:
         write_atomically(out, found.file.content)
@@ -60,6 +62,7 @@ def _of_run(args: argparse.Namespace) -> _Found:
     run = runs.load_run(args.run)
     options = dataclasses.replace(run.config, data_dir=args.data_dir) if args.data_dir else run.config
     test = runs.load_data(options).test
+    doing(f"following the network of {args.run}")
     file = exported(run, args.format, test, args.name or args.out.stem)
     images, _ = next(test.batches(args.check))
     return _Found(file, run.model, run.masks, images, "test images")

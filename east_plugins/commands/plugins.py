@@ -11,8 +11,13 @@ from .parsing import parser
 
 
 def main(argv: Sequence[str]) -> int:
-    """Everything registered, by kind, with a sentence of help, its source and its options; then the methods."""
+    """The methods; then everything registered, by kind, with a sentence of help, its source and its options."""
     parser("plugins", "What can be named in flags and files, by kind.").parse_args(argv)
+    for title, presets in (("method", methods.METHODS), ("trick (+NAME behind a method)", methods.TRICKS)):
+        print(f"{title}:")
+        for name, preset in presets.items():
+            settings = ", ".join(f"{key}={value}" for key, value in preset.settings.items())
+            print(f"  {name:<18} {settings or 'no settings of its own'}  [{preset.source}]", flush=True)
     prefixes = {slot.kind: slot.prefix for slot in SLOTS}
     for kind in registry.ALL:
         print(f"{kind.kind}:")
@@ -22,9 +27,4 @@ def main(argv: Sequence[str]) -> int:
                 flag = f"--{prefixes[kind.kind]}{field.name}".replace("_", "-")
                 default = "" if field.default is None else f" (default: {field.default})"
                 print(f"  {'':<18}   {flag}: {field.metadata['help']}{default}")
-    for title, presets in (("method", methods.METHODS), ("trick (+NAME behind a method)", methods.TRICKS)):
-        print(f"{title}:")
-        for name, preset in presets.items():
-            settings = ", ".join(f"{key}={value}" for key, value in preset.settings.items())
-            print(f"  {name:<18} {settings or 'no settings of its own'}  [{preset.source}]")
     return 0

@@ -13,6 +13,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from ..errors import UsageError
+from ..ops.doing import doing
 from ..ops.maskable import theoretical_size
 from ..ops.paths import on_path
 from ..ops.signals import gradient_norms, positive_preactivations
@@ -51,6 +52,7 @@ def analyze(
     loaded: list[dict[str, Tensor]] = []
     measured = []
     for folder in run_folders(folders):
+        doing(f"analyzing {folder}")
         if folder.is_file():
             entry, masks = _of_script(folder, network)
             loaded.append(masks)

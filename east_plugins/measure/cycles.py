@@ -10,6 +10,7 @@ from typing import Any
 
 from ..ops import figures, files
 from ..ops import text as tables
+from ..ops.doing import doing
 from ..training import runs
 from ..training.images import Data, sample
 from . import landscape
@@ -27,6 +28,7 @@ def measure(folders: Sequence[Path], images: int = 1000, data: Data | None = Non
     rows: list[dict[str, Any]] = []
     before: runs.Run | None = None
     for folder in folders:
+        doing(f"signs, curvature and the line between ends: {folder.name}")
         run = runs.load_run(folder, last=True)
         data = data or runs.load_data(run.config)
         train, test = sample(data.train, images), sample(data.test, images)

@@ -24,6 +24,7 @@ import numpy as np
 import torch
 
 from ..errors import UsageError
+from ..ops.doing import doing
 from ..options import flags, sources
 from ..training import jobs as jobs_of
 from ..training import runs
@@ -99,6 +100,7 @@ def prepare(source: Path, folder: Path) -> None:
     uint8 arrays in `folder`, where `--data cifar10` reads them."""
     if prepared(folder):
         return
+    doing(f"decoding {source}")
     files: dict[str, dict[str, list[tuple[str, bytes]]]] = {"train": {}, "test": {}}
     for path, content in _files(source):
         place = path.split("/")
@@ -160,6 +162,7 @@ def run(wanted: Wanted, began: float, note: Callable[[str], None]) -> bool:
     each run's last line."""
     ends = began + wanted.seconds - SAVING
     todo = [job for job in jobs(wanted) if runs.read_summary(job.out) is None]
+    doing(f"{len(todo)} runs of {wanted.part}, {wanted.jobs} at a time")
     running: list[tuple[jobs_of.Job, subprocess.Popen]] = []
     try:
         while todo or running:

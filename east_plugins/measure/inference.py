@@ -21,6 +21,7 @@ from ..export.onnx_dense import dense_onnx
 from ..export.onnx_model import import_onnx
 from ..export.safetensors import to_safetensors
 from ..export.verify import COMPILE, Run, compile_c, run_c, run_onnx, verify
+from ..ops.doing import doing
 from ..ops.maskable import theoretical_size
 from . import timing
 
@@ -43,6 +44,7 @@ def inference(
     `threads` are those of onnxruntime. A row's name is the candidate's, with `_batchN` for batches other than 1; its
     milliseconds are those of a batch.
     """
+    doing("writing the network as ONNX and C, dense and sparse")
     dense, onnx = dense_onnx(trace(model, {}, input_shape)), to_onnx(model, masks, input_shape)
     candidates: dict[str, Run] = {
         "pytorch_dense": _in_pytorch(model),

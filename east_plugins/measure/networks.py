@@ -18,6 +18,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from ..errors import UnknownNameError
 from ..host.masking import Masking
 from ..host.values import sparse_fan_in
+from ..ops.doing import doing
 from ..ops.maskable import maskable, modules_of
 from ..plugins import registry
 from ..plugins.activation import attach, factory
@@ -66,12 +67,14 @@ class Subject:
 
     def build(self, channels_last: bool = False, **optimizer: Any) -> Network:
         """A new one, always with the same values; `optimizer` are settings of SGD."""
+        doing(f"making {self.model}")
         return Network(self, channels_last, **optimizer)
 
     @cached_property
     def drawn(self) -> dict[str, Tensor]:
         """Its masks by name of the weight, on its device."""
         network = self.build()
+        doing(f"drawing masks, {self.masks}")
         host = network.masked(
             MASKS[self.masks], "gradient", BETWEEN, death_rate_decay=Cosine(0.5, 2 * UPDATES * BETWEEN)
         )

@@ -13,6 +13,7 @@ from typing import Any
 
 from ..ops import figures, files
 from ..ops import text as tables
+from ..ops.doing import doing
 from ..training.images import Kept
 from ..training.report import Report
 from ..training.study import Cell
@@ -156,6 +157,7 @@ def similar(out: Path, done: Done, periods: Sequence[int], pictures: list[tuple[
         if period != periods[0]:
             continue
         words = f"{growth} growth, density {density:g}"
+        doing(f"similarity of choices and masks, {words}")
         choices, ends = study.choice_similarity(cells, kept), study.end_similarity(cells, kept)
         for kind, pairs in (("choice", choices), ("masks", ends)):
             if not pairs:  # all criteria average over steps

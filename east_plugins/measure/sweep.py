@@ -13,6 +13,7 @@ import torch
 
 from ..errors import UsageError
 from ..ops import text
+from ..ops.doing import doing
 from .costs import costs
 from .networks import Subject
 from .step import Step, by_sparseprop, dense_masked, with_engine
@@ -38,6 +39,7 @@ def sweep(
         raise UsageError(f"`densities` must be in (0, 1], got {wrong[0]:g}")
     speed, rows = flops(), []
     for density in densities:
+        doing(f"making the networks of density {density:g}")
         at = dataclasses.replace(subject, density=density)
         runs: dict[str, Step] = {DENSE: dense_masked(at, batch_size, channels_last=True)}
         runs[OURS] = with_engine(at, batch_size, "gradient", "auto")

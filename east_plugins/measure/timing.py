@@ -12,6 +12,7 @@ import torch
 
 from .. import __version__
 from ..ops import text
+from ..ops.doing import doing
 
 
 def interleaved(
@@ -22,8 +23,9 @@ def interleaved(
     One round goes before as warm-up.
     """
     times: dict[str, list[float]] = {name: [] for name in candidates}
-    for _ in range(repeats + 1):
+    for turn in range(repeats + 1):
         for name, run in candidates.items():
+            doing(f"timing {name!r}, " + (f"round {turn} of {repeats}" if turn else "warm-up"))
             wait(device)
             began = time.perf_counter()
             run()

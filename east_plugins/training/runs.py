@@ -18,6 +18,7 @@ from ..host import presets
 from ..ops import files
 from ..ops.checkpoints import CHECKPOINT
 from ..ops.checkpoints import load as load_checkpoint
+from ..ops.doing import doing
 from ..ops.files import check_folder, digest, make_folder, write_atomically  # noqa: F401
 from ..ops.maskable import layers
 from ..ops.packing import pack
@@ -159,6 +160,7 @@ def device(name: str | None) -> torch.device:
 
 def load_data(options: Config, kept: images.Kept | None = None) -> images.Data:
     """A run's images; `kept` as of `images.load`."""
+    doing(f"{'getting' if options.download else 'reading'} {options.data}")
     return images.load(
         options.data,
         options.data_dir,

@@ -23,6 +23,7 @@ from ..errors import EastError, Interrupted, UsageError
 from ..host import presets
 from ..host.masking import Masking
 from ..ops import files, memory
+from ..ops.doing import doing
 from ..ops.paths import effective_density, on_path
 from ..options.config import Config, Resolved
 from ..plugins import registry
@@ -110,6 +111,7 @@ class Trainer:
         self.data = (data or runs.load_data(options)).to(self.device)
         self.options: Resolved = options.resolve(self.data.train.steps(options.batch_size))
         options = self.options
+        doing(f"making {options.model} and its masks")
         self.model = runs.build_model(options, self.data.num_classes, self.data.input_shape).to(self.device)
         if options.channels_last:
             self.model.to(memory_format=torch.channels_last)
@@ -144,6 +146,7 @@ class Trainer:
         """One epoch, or what is left of it after `restore`; evaluates and logs at its end, and saves where the last
         checkpoint is old or the run is over."""
         options, began = self.options, time.monotonic()
+        doing(f"epoch {self.epoch + 1} of {options.epochs}")
         self.generator.set_state(self.epoch_generator)
         batches = self.data.train.batches(options.batch_size, self.generator, options.channels_last)
         self.model.train()
@@ -249,6 +252,7 @@ class Trainer:
 
     def _evaluate(self) -> dict[str, Any]:
         """The epoch's line of `metrics.jsonl`; keeps the network where it is the best so far."""
+        doing(f"the validation images after epoch {self.epoch}")
         live = on_path(self.model, self.host.masks, self.data.input_shape)
         layers = {name: [int(mask.sum()), int(live[name].sum())] for name, mask in self.host.masks.items()}
         line = {
@@ -310,6 +314,7 @@ class Trainer:
 
     def finish(self) -> dict[str, Any]:
         """Test the best network, once, and write the summary."""
+        doing("the test images")
         best = self.best
         assert best is not None  # the last epoch is at the target density, after the phase-out
         self.model.load_state_dict(best["model"])

@@ -44,7 +44,8 @@ def test_a_reader_that_has_gone_is_no_error(words):
         [sys.executable, "-m", "east_plugins", *words.split()], stdout=subprocess.PIPE, stderr=subprocess.PIPE
     ) as process:
         process.stdout.close()
-        assert process.stderr.read() == b"" and process.wait() == 0
+        said = process.stderr.read().splitlines()  # at most that it is at work, on a slow machine
+        assert all(line.endswith(b": loading PyTorch") for line in said) and process.wait() == 0
 
 
 @pytest.mark.parametrize("data, classes", [("digits", 10), ("cifar100", 100), ("imagenet", 1000)])
