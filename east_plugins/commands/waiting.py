@@ -38,8 +38,8 @@ class Waiting(threading.Thread):
     def _say(self) -> None:
         seconds = time.monotonic() - self.began
         since = f", for {seconds:.0f} s now" if seconds >= SILENCE else ""
-        clear = "\r\033[K" if self.error.isatty() else ""  # a bar may stand there, and comes again below
         with contextlib.suppress(OSError, ValueError):  # nobody reads on, or it is closed
+            clear = "\r\033[K" if self.error.isatty() else ""  # a bar may stand there, and comes again below
             print(f"{clear}east_plugins {self.command}: {self.what}{since}", file=self.error, flush=True)
         self.spoke = time.monotonic()
 
@@ -73,6 +73,9 @@ class _Handler(logging.Handler):
 @contextlib.contextmanager
 def told(command: str) -> Iterator[None]:
     """While the block runs, its silence is broken; see `Waiting`."""
+    if sys.stdout is None or sys.stderr is None:  # closed, as with 2>&-
+        yield
+        return
     waiting = Waiting(command)
     handler, streams = _Handler(waiting), (sys.stdout, sys.stderr)
     level = doing.logger.level
