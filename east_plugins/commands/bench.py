@@ -17,6 +17,14 @@ if TYPE_CHECKING:
     from ..measure.networks import Subject
 
 DENSITIES = [0.0001, 0.0005, 0.001, 0.005, 0.01, 0.05, 0.1, 0.2]
+HELP = {
+    "step": "whole training steps: dense, masked as ITOP does it, and with the sparse engine",
+    "sweep": "a training step at many densities, beside the limit of its arithmetic",
+    "update": "a topology update beside the optimizer's step",
+    "inference": "one image and batches: dense, and exported as ONNX and C",
+    "gpu": "what concerns a GPU: tests, steps, updates; at most 9 minutes",
+    "startup": "importing the package, and quick commands",
+}
 MASKS = ("connected", "ERK", "random", "trained", "connected-trained")
 
 
@@ -24,7 +32,9 @@ def main(argv: Sequence[str]) -> int:
     if not argv:
         raise UsageError(f"bench needs a benchmark's name: {', '.join(BENCHMARKS)}")
     if argv[0] in ("-h", "--help"):
-        print(f"usage: {program()} bench {{{','.join(BENCHMARKS)}}} [flags]   (bench step --help lists them)")
+        print(f"usage: {program()} bench NAME [flags]   (bench NAME --help lists them)\n")
+        print("\n".join(f"  {name:<10} {help}" for name, help in HELP.items()))
+        print(f"\nexamples:\n  {program()} bench inference --density 0.0005\n  {program()} bench step --threads 1")
         return 0
     if argv[0] not in BENCHMARKS:
         raise UnknownNameError("benchmark", argv[0], BENCHMARKS)

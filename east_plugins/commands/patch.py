@@ -16,6 +16,8 @@ def main(argv: Sequence[str]) -> int:
         "patch",
         "Adds the --east-* flags to the published scripts in a checkout, for people who keep a fork: three "
         "lines a script. Only a file that is exactly the one its patch was made for is changed.",
+        "patch ../In-Time-Over-Parameterization",
+        "patch ../In-Time-Over-Parameterization --reverse",
     )
     known = ", ".join(sorted({patch.repository.removeprefix("https://github.com/") for patch in patching.patches()}))
     parse.add_argument("checkout", type=Path, metavar="CHECKOUT", help=f"root of a checkout of one of {known}")

@@ -12,7 +12,12 @@ from .parsing import parser
 
 def main(argv: Sequence[str]) -> int:
     """The methods; then everything registered, by kind, with a sentence of help, its source and its options."""
-    parser("plugins", "What can be named in flags and files, by kind.").parse_args(argv)
+    parser(
+        "plugins",
+        "What can be named in flags and files, by kind: a line each, with the flags of its own options.",
+        "plugins",
+        "plugins | grep connected",
+    ).parse_args(argv)
     for title, presets in (("method", methods.METHODS), ("trick (+NAME behind a method)", methods.TRICKS)):
         print(f"{title}:")
         for name, preset in presets.items():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import itertools
 import sys
@@ -14,7 +15,8 @@ from ..upstream import launch, runner, shims
 from ..upstream.replacing import replaced
 from .parsing import program
 
-HELP = """Runs SCRIPT as `python SCRIPT` would (with --module as `python -m`): its own arguments, folder and exit code.
+HELP = """\
+Runs SCRIPT as `python SCRIPT` would (with --module as `python -m`): its own arguments, folder and exit code.
 EAST is attached to the host of masks that it builds. Without --east-* flags its results are those of plain python."""
 
 
@@ -24,6 +26,9 @@ def main(argv: Sequence[str]) -> int:
         prog=f"{program()} run",
         usage="%(prog)s [--module] SCRIPT [its arguments] [--east-* flags]",
         description=HELP,
+        epilog=f"examples:\n  {program()} run main.py --sparse --density 0.05 --east-cyclic --east-compat\n"
+        f"  {program()} run --module package.train --epochs 90 --east",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
         add_help=False,
     )
     launch.add_flags(parser)
@@ -31,7 +36,7 @@ def main(argv: Sequence[str]) -> int:
     args, rest = split(argv, parser)
     given = vars(args)
     if rest[:1] in (["-h"], ["--help"]):
-        print(parser.format_help())
+        print(parser.format_help(), end="")
         return 0
     by_name = rest[:1] in (["-m"], ["--module"])
     script, arguments = (rest[1:2], rest[2:]) if by_name else (rest[:1], rest[1:])
@@ -54,7 +59,7 @@ def main(argv: Sequence[str]) -> int:
                 _close_early(takeover)
                 raise
             if {"-h", "--help"} & set(arguments):
-                print("\n" + "".join(parser.format_help().partition("EAST (")[1:]))
+                print("\n" + "".join(parser.format_help().partition("\nexamples:")[0].partition("EAST (")[1:]))
                 raise
         except BaseException as error:
             _close_early(takeover)

@@ -66,10 +66,12 @@ class Config:
     )
     model: str = option("resnet34", "network, see `info --model help`")
     width: int | None = option(None, "channels of the network's stem (default: its own, 64 in resnet34)", type=int)
-    data: str = option("digits", "digits, mnist, fashionmnist, cifar10, cifar100, tinyimagenet, imagenet or folder")
+    data: str = option(
+        "digits", "digits, mnist, fashionmnist, cifar10, cifar100, tinyimagenet, imagenet, folder, table or openml:NAME"
+    )
     data_dir: str | None = option(None, "folder that the data lies in", metavar="DIR")
     image_size: int | None = option(None, "pixels of an image's side (default: the data's own)", type=int)
-    download: bool = option(False, "fetch the data into `data_dir` first, where torchvision can")
+    download: bool = option(False, "fetch the data into --data-dir first, where torchvision can")
     limit: int | None = option(None, "train on so many images only; all test images stay", type=int)
     validation: float = option(0.1, "share of the training images that chooses the checkpoint", type=float)
     validation_split: str | None = option(
@@ -92,11 +94,24 @@ class Config:
     )  # fmt: skip
 
     density: float | None = option(None, "active share of the maskable weights (default: 0.001)", type=float)
-    growth: str | None = option(None, "growth rule, see `plugins` (default: of the method)")
-    death: str | None = option(None, "prune rule, see `plugins` (default: of the method)")
-    redistribution: str | None = option(None, "redistribution rule, see `plugins` (default: none)")
+    growth: str | None = option(
+        None,
+        "growth rule: gradient, averaged_gradient, memory, momentum, momentum_neuron, random, random_unfired, ch3-l3, "
+        "or module:name (default: the method's; rigl, east: gradient, set: random)",
+    )
+    death: str | None = option(
+        None,
+        "prune rule: magnitude, SET, threshold, random, taylor, Taylor_FO, MEST, SNIP, RunningSNIP, RunningMagnitude, "
+        "sensitivity, rsensitivity, ReciprocalSensitivity, dormant, bilevel, or module:name (default: the method's; "
+        "set, rigl, east: magnitude)",
+    )
+    redistribution: str | None = option(
+        None,
+        "redistribution rule: none, magnitude, momentum, nonzeros, or module:name (default: of the method, or none)",
+    )
     structure: str | None = option(
-        None, "how active weights lie in a layer: none, or a name of `plugins` (default: of the method)"
+        None,
+        "how active weights lie in a layer: none, channels, diagonals, fan-in, or module:name (default: of the method)",
     )
     death_rate: float | None = option(
         None, "share of the active weights replaced in an update (default: 0.5)", type=float
@@ -109,7 +124,11 @@ class Config:
         None, "steps between topology updates (default: SET 1500, RigL and EAST 4000 of 250 epochs' steps)", type=int,
         counted=True,
     )  # fmt: skip
-    sparse_init: str | None = option(None, "allocation, see `plugins` (default: ERK)")
+    sparse_init: str | None = option(
+        None,
+        "allocation: ERK, ERK-floor, ER, EPL, EPF, uniform, first-blocks, connected, separable, synflow, snip, grasp, "
+        "force, iter_snip, magnitude, pruned, resume, lottery_ticket, or module:name (default: of the method, or ERK)",
+    )
     weight_init: str | None = option(
         None, "initial values; sparse-fan-in scales them for the active fan-in", choices=["default", "sparse-fan-in"]
     )
@@ -136,13 +155,15 @@ class Config:
         choices=["auto", "dense", "fft", "separable"],
     )  # fmt: skip
     companion: str | None = option(
-        None, "what is done beside dropping and growing, see `plugins` (default: of the method)", metavar="NAME"
+        None,
+        "beside dropping and growing: topkast, suptickets, or module:name (default: of the method)",
+        metavar="NAME",
     )
     transform: str | None = option(None, "model transform of your own, module:function", metavar="NAME")
 
     epochs: int = option(250, "passes over the training images", type=int)
     limit_steps: int | None = option(
-        None, "stop after so many steps: to see that a run works; it is left unfinished, and `resume` goes on with it",
+        None, "stop after so many steps: to see that a run works; it is left unfinished, and --resume goes on with it",
         type=int, metavar="N",
     )  # fmt: skip
     batch_size: int = option(128, "images a step", type=int)
@@ -172,7 +193,7 @@ class Config:
     )  # fmt: skip
     weight_decay: float = option(1e-4, "L2 regularisation", type=float, aliases=["--l2"])
     seed: int = option(0, "seed of everything random", type=int)
-    order_seed: int | None = option(None, "seed of the images' order and crops (default: `seed`)", type=int)
+    order_seed: int | None = option(None, "seed of the images' order and crops (default: --seed)", type=int)
     on_nonfinite: str = option(
         "warn", "a loss that is NaN or infinite: stop, where no such network is saved, or warn at the epoch's end",
         choices=["warn", "stop"],

@@ -32,6 +32,7 @@ SIZES = dict(
     channels=(1, 4096), repeats=(1, 2**20),
 )  # fmt: skip
 
+MANY_FLAGS = 25  #: a usage that names them all would fill the screen before it is said what the command does
 LARGEST_YAML, DEEPEST_YAML = 2**20, 20  #: bytes and levels of a configuration file
 
 #: Called with a parser, what is known of its arguments, and the flags among them that it does not know.
@@ -64,6 +65,12 @@ class Parser(argparse.ArgumentParser):
                 with contextlib.suppress(*[UsageError] * helping), _nothing_required(self, helping):
                     self.late(self, self.parse_known_args(plain)[0], unknown)
         return super().parse_args(args, namespace)
+
+    def format_help(self) -> str:
+        if self.usage is None and len(actions := set(option_strings(self).values())) > MANY_FLAGS:
+            required = sorted(f"{action.option_strings[0]} {action.metavar}" for action in actions if action.required)
+            self.usage = " ".join(["%(prog)s", *required, "[flags]"])
+        return super().format_help()
 
     def error(self, message: str) -> NoReturn:
         if match := re.match(r"unrecognized arguments: (--[^ =]+)", message):

@@ -6,13 +6,14 @@ import sys
 
 import pytest
 
+from east_plugins.__main__ import COMMANDS as COMMANDS_THERE
 from east_plugins.__main__ import main
+from east_plugins.options import flags
+from east_plugins.options.config import Config
+from east_plugins.plugins import registry
 
 COMMANDS = [
-    "analyze",
-    "export",
-    "info",
-    "experiment",
+    *(name for name in COMMANDS_THERE if name not in ("run", "bench")),
     *(f"bench {what}" for what in ("step", "sweep", "update", "inference", "gpu", "startup")),
 ]
 
@@ -26,7 +27,39 @@ def test_help_names_the_command_as_it_was_called_and_ends_with_two_examples(comm
         said = capsys.readouterr().out
         assert said.startswith(f"usage: {name} {command} ")
         examples = said[said.index("examples:") :].splitlines()[1:]
-        assert len(examples) == 2 and all(line.startswith(f"  {name} {command} ") for line in examples)
+        assert len(examples) == 2 and all(f"{line} ".startswith(f"  {name} {command} ") for line in examples)
+
+
+@pytest.mark.parametrize("words", ["--help", "run --help", "bench --help"])
+def test_help_without_flags_of_its_own_ends_with_two_examples(words, capsys, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["/usr/bin/east"])
+    assert main(words.split()) == 0
+    said = capsys.readouterr().out
+    examples = said[said.index("examples:") :].splitlines()[1:]
+    assert len(examples) == 2 and all(line.startswith("  east ") for line in examples)
+
+
+@pytest.mark.parametrize("command", ["train", "compare", "study", "cycles", "info"])
+def test_help_says_on_the_first_screen_what_the_command_does(command, capsys, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["/usr/bin/east"])
+    with pytest.raises(SystemExit):
+        main([command, "--help"])
+    usage, nothing, description = capsys.readouterr().out.splitlines()[:3]
+    assert usage == f"usage: east {command}{' --out DIR' * (command != 'info')} [flags]"
+    assert nothing == "" and description[0].isupper()
+
+
+def test_help_has_the_names_of_what_is_built_in():
+    parser = flags.Parser()
+    flags.add_flags(parser, Config)
+    kinds = dict(growth=registry.growth, death=registry.pruning, redistribution=registry.redistribution,
+                 structure=registry.structure, sparse_init=registry.allocation, companion=registry.companion,
+                 decay_schedule=registry.rate)  # fmt: skip
+    for name, kind in kinds.items():
+        shown = flags.option_strings(parser)[f"--{name.replace('_', '-')}"].help
+        words = set(re.split(r"[ ,:]+", shown.partition("(default:")[0]))
+        built_in = {entry.name for entry in kind.entries() if entry.source.startswith("east_plugins.")}
+        assert built_in <= words and "(default: " in shown, (name, built_in - words)
 
 
 def test_info_says_the_defaults_that_it_uses(capsys):
