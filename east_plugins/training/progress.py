@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ..ops.paths import effective_density
+from .bar import Bar
 from .loggers import Loggers
 
 if TYPE_CHECKING:
@@ -27,8 +28,6 @@ class Progress:
     """What a run will do in five lines, then a bar over all steps on a terminal or lines on standard error; the lines,
     and what is logged, in `log.txt`, too; the figures of every epoch for loggers, and for
     `on_epoch`, a function of their line.
-
-    The bar needs the extra `train`; without tqdm there are lines.
     """
 
     def __init__(
@@ -37,7 +36,7 @@ class Progress:
         self.trainer = trainer
         self.quiet = quiet
         self.on_epoch = on_epoch
-        self.bar: Any = None
+        self.bar: Bar | None = None
         self.log: Any = None
         self.handlers: list[logging.Handler] = []
         self.last: dict[str, Any] | None = None  # line of metrics.jsonl
@@ -49,7 +48,7 @@ class Progress:
         package = logging.getLogger("east_plugins")
         self.handlers = [logging.StreamHandler(self.log)]
         if not (self.quiet or package.hasHandlers()):  # then Python prints warnings, until there is a handler
-            self.handlers.append(logging.StreamHandler())
+            self.handlers.append(_OverTheBar(self))
         for handler in self.handlers:
             package.addHandler(handler)
         for line in plan(trainer):
@@ -58,12 +57,9 @@ class Progress:
             self.say(f"goes on after step {trainer.host.steps:,} of {trainer.options.steps:,}")
         self.began, self.first_step, self.told = time.monotonic(), trainer.host.steps, False
         self.spoke = self.began
-        if not self.quiet and sys.stderr.isatty() and (tqdm := _tqdm()):
-            self.bar = tqdm(
-                total=trainer.options.steps, initial=trainer.host.steps, smoothing=0.05, dynamic_ncols=True,
-                bar_format="{desc} {percentage:3.0f}% |{bar}| {remaining} left{postfix}",
-            )  # fmt: skip
-            self._show()
+        if not self.quiet and sys.stderr.isatty():
+            self.bar = Bar(sys.stderr)
+            self._show(self.bar)
         return self
 
     def __exit__(self, *_) -> None:
@@ -78,6 +74,8 @@ class Progress:
     def say(self, line: str, log: bool = True) -> None:
         """One line, on standard error and in `log.txt`."""
         if not self.quiet:
+            if self.bar is not None:
+                self.bar.clear()
             print(line, file=sys.stderr, flush=True)
             self.spoke = time.monotonic()
         if log:
@@ -87,9 +85,8 @@ class Progress:
     def step(self) -> None:
         trainer, now = self.trainer, time.monotonic()
         if self.bar is not None:
-            self.bar.update(1)
-            if trainer.host.steps % 20 == 0:
-                self._show()
+            if self.bar.due:
+                self._show(self.bar)
             return
         done = trainer.host.steps - self.first_step
         if not self.told and done >= FIRST_STEPS and now - self.began >= FIRST_SECONDS:
@@ -109,7 +106,7 @@ class Progress:
         if self.on_epoch is not None:
             self.on_epoch(line)
         if self.bar is not None:
-            self._show()
+            self._show(self.bar)
         options = self.trainer.options
         loss = math.nan if line["loss"] is None else line["loss"]
         text = (
@@ -130,19 +127,39 @@ class Progress:
         done = max(1, trainer.host.steps - self.first_step)
         return duration((time.monotonic() - self.began) / done * (trainer.options.steps - trainer.host.steps))
 
-    def _show(self) -> None:
-        """The bar's words, the most important ones first: a narrow terminal cuts the last ones off."""
-        trainer, last = self.trainer, self.last
-        assert self.bar is not None
-        self.bar.set_description_str(f"epoch {min(trainer.epoch + 1, trainer.options.epochs)}/{trainer.options.epochs}")
-        words = [] if last is None else [f"validation {last['validation_accuracy']:.1%}"]
-        words.append(f"{trainer.host.nonzeros:,} active")
-        if last is not None:
-            words.append(f"{last['effective_density'] / last['density']:.0%} on a path")
-        words.append(f"loss {trainer.totals.mean_loss:.3f}")
-        if trainer.phased:
-            words.append(f"DyReLU's beta {trainer.beta:.2f}")
-        self.bar.set_postfix_str("  ".join(words))
+    def _show(self, bar: Bar) -> None:
+        bar.show(self._forms(), self.trainer.host.steps / self.trainer.options.steps)
+
+    def _forms(self) -> list[str]:
+        """How far the run is, in many words, and in few for a narrow terminal."""
+        trainer, options, last = self.trainer, self.trainer.options, self.last
+        epoch, steps = f"{min(trainer.epoch + 1, options.epochs)}/{options.epochs}", trainer.host.steps
+        left = f"{self._left()} left" if steps > self.first_step else ""
+        active = f"{trainer.host.nonzeros:,} active"
+        accuracy = f"{last['validation_accuracy']:.1%}" if last else ""
+        live = f"{last['effective_density'] / last['density']:.0%} on a path" if last else ""
+        loss = trainer.totals.mean_loss if trainer.totals.images else last and last["loss"]
+        lost = "" if loss is None else f"loss {loss:.3f}"
+        beta = f"beta {trainer.beta:.2f}" if trainer.phased else ""
+        val = accuracy and f"val {accuracy}"
+        wide = [f"epoch {epoch}", f"{steps / options.steps:.0%}", left, accuracy and f"validation {accuracy}", active,
+                live, lost, beta and f"DyReLU's {beta}"]  # fmt: skip
+        narrow = [epoch, left.removesuffix(" left"), val, active, live.replace(" a ", " "), beta]
+        forms = [("  ", wide), ("  ", [f"epoch {epoch}", left, val, active, live, beta]), (" ", narrow)]
+        return [between.join(filter(None, words)) for between, words in forms]
+
+
+class _OverTheBar(logging.StreamHandler):
+    """Lines of standard error, in place of a bar that stands there."""
+
+    def __init__(self, progress: Progress):
+        super().__init__()
+        self.progress = progress
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if self.progress.bar is not None:
+            self.progress.bar.clear()
+        super().emit(record)
 
 
 def plan(trainer: Trainer) -> list[str]:
@@ -177,11 +194,3 @@ def duration(seconds: float) -> str:
         return f"{seconds:.0f} s"
     minutes = round(seconds / 60)
     return f"{minutes} min" if minutes < 100 else f"{minutes // 60} h {minutes % 60:02} min"
-
-
-def _tqdm():
-    try:
-        from tqdm import tqdm
-    except ImportError:
-        return None
-    return tqdm
