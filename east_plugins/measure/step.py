@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import contextlib
+import itertools
+import os
+import sys
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.profiler import ProfilerActivity, profile
 
 from ..ops.maskable import maskable
 from ..sparse.engine import Engine
@@ -55,7 +60,8 @@ def step(
     }
     hosts, host_ratios = _hosts(subject, growth, max(5, repeats), itop)
     result = report([*rows, *hosts], ratios | host_ratios)
-    result["memory_mib"] = {name: runs[name].memory() for name in ("masked", "ours, sparse")}
+    measured = ("masked", "ours, sparse", "sparseprop")
+    result["memory_mib"] = {name: runs[name].memory() for name in measured if name in runs}
     return result
 
 
@@ -128,8 +134,17 @@ class Step:
         self.gradients(self.x, self.labels)
         self.update()
 
+    def peak(self) -> float:
+        """MiB of tensors at the peak of a step, over those that are there between steps."""
+        with _quiet(), profile(activities=[ProfilerActivity.CPU], profile_memory=True) as watched:
+            self()
+        events = watched.profiler.kineto_results.events()
+        changes = sorted((e.start_ns(), e.nbytes()) for e in events if e.name() == "[memory]")
+        return max(itertools.accumulate((change for _, change in changes), initial=0)) / 2**20
+
     def memory(self) -> dict[str, float]:
-        """MiB of optimizer state, and of what a forward pass keeps for the backward one, without the parameters."""
+        """MiB of optimizer state, of what a forward pass keeps for the backward one, without the parameters, and
+        `peak`."""
         state = (t for s in self.optimizer.state.values() for t in s.values() if isinstance(t, Tensor))
         parameters = {parameter.data_ptr() for parameter in self.model.parameters()}
         kept: dict[int, int] = {}
@@ -144,7 +159,22 @@ class Step:
         return {
             "optimizer_state": sum(t.numel() * t.element_size() for t in state) / 2**20,
             "kept_for_backward": sum(kept.values()) / 2**20,
+            "peak_of_step": self.peak(),
         }
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Nothing of what PyTorch's profiler writes to standard error about itself."""
+    sys.stderr.flush()
+    kept = os.dup(2)
+    try:
+        with open(os.devnull, "wb") as nowhere:
+            os.dup2(nowhere.fileno(), 2)
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
 
 
 def dense_masked(subject: Subject, batch_size: int, channels_last: bool = False) -> Step:

@@ -29,7 +29,8 @@ def sweep(
     repeats: int = 3,
     sparseprop: Path | None = None,
 ) -> dict[str, Any]:
-    """For each density the median milliseconds of a whole step by name, and the `limit_ms` of its arithmetic.
+    """For each density the median milliseconds of a whole step by name, the `limit_ms` of its arithmetic, and the MiB
+    of a step's memory at its peak.
 
     Dense: under ITOP-style masking, channels-last. Ours: engine "auto". The limit: forward, input gradient and weight
     gradient of the active weights, at the speed of a product of dense matrices on this machine. Raises `UsageError`
@@ -48,7 +49,9 @@ def sweep(
         nonzeros = {name: int(mask.sum()) for name, mask in at.drawn.items()}
         macs = costs(at.build().model, at.shape, nonzeros).sparse_macs
         median = medians(interleaved(runs, repeats, subject.device))
-        rows.append({"density": density, "median_ms": median, "limit_ms": 1000 * 3 * 2 * macs * batch_size / speed})
+        limit = 1000 * 3 * 2 * macs * batch_size / speed
+        peak = {name: run.peak() for name, run in runs.items()}
+        rows.append({"density": density, "median_ms": median, "limit_ms": limit, "peak_mib": peak})
     facts = {"batch_size": batch_size, "masks": subject.masks, "gflops": speed / 1e9}
     return {**report([], {}), **facts, "rows": rows}
 
@@ -67,11 +70,13 @@ def as_text(result: dict[str, Any]) -> str:
     """The same for people."""
     names = list(result["rows"][0]["median_ms"])
     head = ("density", *names, "arithmetic alone", *(f"{name} over ours" for name in names if name != OURS))
+    head += tuple(f"{name}, MiB" for name in names)
     rows = []
     for row in result["rows"]:
         ms, ours = row["median_ms"], row["median_ms"][OURS]
         ratios = (f"{ms[name] / ours:.2f}" for name in names if name != OURS)
-        rows.append((f"{row['density']:g}", *(f"{ms[n]:.1f}" for n in names), f"{row['limit_ms']:.2f}", *ratios))
+        rows.append((f"{row['density']:g}", *(f"{ms[n]:.1f}" for n in names), f"{row['limit_ms']:.2f}", *ratios,
+                     *(f"{row['peak_mib'][n]:.0f}" for n in names)))  # fmt: skip
     about = f"ms a step of {result['batch_size']} images, masks {result['masks']}, {result['threads']} thread(s); "
-    about += f"arithmetic at {result['gflops']:.0f} GFLOP/s, ratios in times"
+    about += f"arithmetic at {result['gflops']:.0f} GFLOP/s, ratios in times; MiB of a step at its peak"
     return f"{about}\n\n{text.table(head, rows, '>' * len(head))}"
