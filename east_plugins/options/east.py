@@ -49,7 +49,8 @@ class EastOptions:
     cyclic_length_mult: float = option(1.0, "length of each cycle as a multiple of the one before", type=float)
     cyclic_update_frequency: int | None = option(
         None,
-        "steps between topology updates inside the cycles (default: the run's steps / 251, as 350 of 88,000)",
+        "steps between topology updates inside the cycles (default: the run's steps / 251, as 350 of 88,000, but at "
+        "least 10, or a quarter of a shorter cycle)",
         type=int,
         counted=True,
     )
@@ -141,9 +142,12 @@ class EastOptions:
         """
         first_drop = epochs / 2 if first_drop is None else first_drop
         end = max(0.0, first_drop - epochs / REFERENCE_EPOCHS) if self.dyrelu_end is None else self.dyrelu_end
+        length = epochs * 50 / REFERENCE_EPOCHS
         defaults: dict[str, Any] = dict(
-            cyclic_length=epochs * 50 / REFERENCE_EPOCHS,
-            cyclic_update_frequency=scaled_steps(350, epochs * steps_per_epoch),
+            cyclic_length=length,
+            cyclic_update_frequency=cyclic_frequency(
+                epochs * steps_per_epoch, steps_per_epoch * (self.cyclic_length or length)
+            ),
             dyrelu_end=end,
             dyrelu_start=end / 2,
             dyrelu_blend="outputs",
@@ -210,6 +214,12 @@ class ResolvedEast(EastOptions):
 def scaled_steps(reference: int, total_steps: float) -> int:
     """Steps that take the same part of a run of `total_steps` as `reference` took of Table B.1's; at least 1."""
     return max(1, round(reference * total_steps / REFERENCE_STEPS))
+
+
+def cyclic_frequency(total_steps: float, cycle: float) -> int:
+    """Steps between updates inside cycles of `cycle` steps: scaled as `scaled_steps` does, but at least ten or a
+    quarter of a short cycle, since what is grown must be trained before it is judged."""
+    return max(scaled_steps(350, total_steps), round(min(10, cycle / 4)))
 
 
 def flag(field: str) -> str:

@@ -296,3 +296,9 @@ def test_itops_own_flags_mean_what_they_mean_there():
 def test_what_itops_flags_cannot_is_refused(line):
     with pytest.raises(UsageError, match="--(multiplier|fix)"):
         parse(line, 50)
+
+
+def test_updates_in_cycles_are_ten_steps_apart_at_least_where_the_cycle_is_long_enough():
+    for epochs, steps, expected in ((250, 352, 350), (20, 20, 10), (2, 20, 2), (1, 8, 1)):
+        tricks = Config(method="rigl+cyclic", epochs=epochs).resolve(steps).east
+        assert tricks.cyclic_update_frequency == expected
