@@ -104,11 +104,11 @@ COMMANDS = {
     "+--validation-split random": "--validation-split: invalid choice: 'random'",
     "+--crop-padding none": "--crop-padding: invalid choice: 'none'",
     "+--on-nonfinite crash": "--on-nonfinite: invalid choice: 'crash'",
-    "+--config missing.yaml": "--config missing.yaml cannot be read as YAML: No such file or directory",
+    "+--config missing.yaml": "--config missing.yaml: no such file",
     '+--config ""': "--config is empty: it must name a YAML file",
     "+--config .": "--config . cannot be read as YAML: Is a directory",
     "+--data cifar1": "unknown --data 'cifar1'; did you mean",
-    "+--data folder": "--data folder needs --data-dir, a folder with train/<class>/ and test/<class>/",
+    "+--data folder": "--data is folder, which needs --data-dir, a folder with train/<class>/ and test/<class>/",
     "+--data folder --data-dir nowhere": (
         "--data-dir nowhere: no such folder; expected is one with train/<class>/ and test/<class>/"
     ),
@@ -132,7 +132,7 @@ COMMANDS = {
     "+--east-dyrelu-blend both": "--east-dyrelu-blend: invalid choice: 'both'",
     "+--east-share-from 0": "--east-share-from must be at least 1, got 0",
     "+--east-share-scale two": "--east-share-scale: invalid choice: 'two'",
-    "+--east-config missing.yaml": "--east-config missing.yaml cannot be read as YAML: No such file or directory",
+    "+--east-config missing.yaml": "--east-config missing.yaml: no such file",
     "+--est-cyclic": "unrecognized arguments: --est-cyclic; did you mean",
     "+--multiplier 0": "--multiplier must be at least 1, got 0",
     "+--initial-density 2": "--density-schedule-initial is no option of --density-schedule constant; its options: none",

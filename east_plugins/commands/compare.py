@@ -45,6 +45,7 @@ def main(argv: Sequence[str]) -> int:
     )
     flags.check_size("jobs", workers, "--jobs")
     densities, numbers = parsing.numbers("--sparsities", sparsities, float), parsing.numbers("--seeds", seeds, int)
+    parsing.check_config(given)
     from ..training.compare import compare  # PyTorch is not waited for where a flag is wrong
     from ..training.table import markdown
 

@@ -42,6 +42,7 @@ def main(argv: Sequence[str]) -> int:
         raise UsageError(f"--images must be at least 2, got {images}")
     asked = {field.name: given.pop(field.name) for field in dataclasses.fields(Program) if field.name in given}
     program = Program(**asked)
+    parsing.check_config(given)
     from ..measure import cycles as measured  # PyTorch is not waited for where a flag is wrong
     from ..ops import figures
     from ..training import cycles

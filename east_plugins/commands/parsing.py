@@ -5,11 +5,12 @@ from __future__ import annotations
 import argparse
 import sys
 import textwrap
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from ..errors import UsageError
-from ..options import flags
+from ..options import flags, sources
 
 
 def program() -> str:
@@ -55,6 +56,12 @@ def add_backend(group: argparse._ArgumentGroup) -> None:
         default="local",
         help="processes of this machine, spread over its GPUs, or tasks of a Ray cluster (default: local)",
     )
+
+
+def check_config(given: Mapping[str, Any]) -> None:
+    """Read the `--config` file that is named, if any, so that an error in it is said before PyTorch is loaded."""
+    if given.get("config") is not None:
+        sources.read(given["config"])
 
 
 def numbers(flag: str, text: str | None, kind: type) -> list[Any] | None:

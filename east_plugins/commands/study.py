@@ -53,6 +53,7 @@ def main(argv: Sequence[str]) -> int:
         raise UsageError(f"--choices-every must be at least 1, got {choices}")
     lists = {name: parsing.numbers(f"--{name}", given.pop(name), kind) for name, kind in
              (("criteria", str), ("growths", str), ("densities", float), ("periods", int), ("seeds", int))}  # fmt: skip
+    parsing.check_config(given)
     from ..measure import study_report  # PyTorch is not waited for where a flag is wrong
     from ..training import study
 

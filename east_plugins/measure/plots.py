@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 WIDTH, HEIGHT, COLUMNS = 5.2, 3.6, 3  #: of a panel, inches; panels in a row
+LINES = ("-", "--", ":", "-.")  #: one for each sparsity
 
 #: What is drawn over epochs: title, and the value of a line of `metrics.jsonl`, None where it has none.
 _OVER_TIME: dict[str, Callable[[Mapping[str, Any]], float | None]] = {
@@ -30,13 +31,15 @@ _OVER_TIME: dict[str, Callable[[Mapping[str, Any]], float | None]] = {
 def plot(report: Mapping[str, Any], folders: Sequence[Path], path: Path) -> None:
     """Write a picture of the runs of a report of `analyze`, which was made from `folders`.
 
-    Runs of one method and sparsity are a line: the median over seeds, and a band from the lowest to the highest.
+    Runs of one method and sparsity are a line: the median over seeds, and a band from the lowest to the highest. A
+    method has one colour throughout, a sparsity one kind of line.
     What no run has is no panel: positive inputs and gradient flow over time are recorded by `train --signals`. Where
     DyReLU is phased out is grey. Raises `UsageError` where there is nothing to draw or `path` cannot be written.
     """
     groups = _groups(report, [folder for folder in run_folders(folders) if folder.is_dir()])
-    panels = [*_accuracy(report), *_layers(groups)]
-    panels += [panel for title, value in _OVER_TIME.items() for panel in _over_time(groups, title, value)]
+    styles = _styles(groups)
+    panels = [*_accuracy(report), *_layers(groups, styles)]
+    panels += [panel for title, value in _OVER_TIME.items() for panel in _over_time(groups, styles, title, value)]
     if not panels:
         raise UsageError(f"`plot` {path}: the runs hold nothing that could be drawn yet")
     rows = -(-len(panels) // COLUMNS)
@@ -49,8 +52,26 @@ def plot(report: Mapping[str, Any], folders: Sequence[Path], path: Path) -> None
         place.axis("off")
     named = [zip(*place.get_legend_handles_labels(), strict=True) for place in axes if place.get_legend() is None]
     handles = {text: handle for pairs in named for handle, text in pairs}
+    if any(len(entries) > 1 for entries, _ in groups.values()):
+        handles["from the lowest to the highest seed"] = axes[0].fill_between([], [], [], color="0.7", linewidth=0)
     figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=columns, frameon=False)
     figures.save(figure, path, "`plot`")
+
+
+def _styles(groups: Mapping[str, Group]) -> dict[str, dict[str, Any]]:
+    """Colour by method, and kind of line by sparsity."""
+    firsts = {name: entries[0] for name, (entries, _) in groups.items()}
+    kinds = {name: (entry["method"], _sparsity(entry) if entry["density"] else 0.0) for name, entry in firsts.items()}
+    methods = list(dict.fromkeys(method for method, _ in kinds.values()))
+    sparsities = sorted({sparsity for _, sparsity in kinds.values()})
+    return {
+        name: {
+            "color": figures.drawn(methods.index(method))["color"],
+            "linestyle": LINES[sparsities.index(sparsity) % len(LINES)],
+            "linewidth": 1.5,
+        }
+        for name, (method, sparsity) in kinds.items()
+    }
 
 
 Group = tuple[list[dict[str, Any]], list[list[dict[str, Any]]]]
@@ -73,6 +94,7 @@ def _groups(report: Mapping[str, Any], folders: Sequence[Path]) -> dict[str, Gro
 def _accuracy(report: Mapping[str, Any]) -> list[Panel]:
     """Figure 2: test accuracy against sparsity, where one method was trained at several."""
     points: dict[str, dict[float, list[float]]] = {}
+    methods = list(dict.fromkeys(entry["method"] for entry in report["runs"]))
     for entry in report["runs"]:
         if entry["test_accuracy"] is not None and entry["density"]:
             some = points.setdefault(entry["method"], {}).setdefault(_sparsity(entry), [])
@@ -82,8 +104,9 @@ def _accuracy(report: Mapping[str, Any]) -> list[Panel]:
         return []
 
     def draw(axes: Axes) -> None:
-        for i, (method, some) in enumerate(points.items()):
-            _band(axes, method, {sparsities.index(s): values for s, values in some.items()}, figures.drawn(i))
+        for method, some in points.items():
+            style = figures.drawn(methods.index(method))
+            _band(axes, method, {sparsities.index(s): values for s, values in some.items()}, style)
         axes.set_xticks(range(len(sparsities)), [f"{sparsity:g}" for sparsity in sparsities])
         axes.set(title="test accuracy (%)", xlabel="sparsity (%)", ylim=(0, None))
         axes.legend(frameon=False)  # of its own: a line is a method here
@@ -91,24 +114,28 @@ def _accuracy(report: Mapping[str, Any]) -> list[Panel]:
     return [draw]
 
 
-def _layers(groups: Mapping[str, Group]) -> list[Panel]:
+def _layers(groups: Mapping[str, Group], styles: Mapping[str, Mapping[str, Any]]) -> list[Panel]:
     """Figure 3, left: positive inputs of every ReLU at the end."""
     shares = {name: [entry["relus"] for entry in entries if entry["relus"]] for name, (entries, _) in groups.items()}
     if not any(shares.values()):
         return []
 
     def draw(axes: Axes) -> None:
-        for i, (name, some) in enumerate(shares.items()):
+        for name, some in shares.items():
             longest = max(map(len, some), default=0)
             by_layer = {n: [100 * relus[n] for relus in some if n < len(relus)] for n in range(longest)}
-            _band(axes, name, by_layer, {**figures.drawn(i), "markersize": 3})
+            _band(axes, name, {n + 1: values for n, values in by_layer.items()}, styles[name])
         axes.set(title="positive inputs by ReLU, at the end (%)", xlabel="ReLU, from input to output", ylim=(0, None))
+        axes.locator_params(axis="x", integer=True)
 
     return [draw]
 
 
 def _over_time(
-    groups: Mapping[str, Group], title: str, value: Callable[[Mapping[str, Any]], float | None]
+    groups: Mapping[str, Group],
+    styles: Mapping[str, Mapping[str, Any]],
+    title: str,
+    value: Callable[[Mapping[str, Any]], float | None],
 ) -> list[Panel]:
     """Figures 3, right, and 5: a figure over the epochs."""
     points: dict[str, dict[int, list[float]]] = {}
@@ -120,13 +147,13 @@ def _over_time(
         return []
 
     def draw(axes: Axes) -> None:
-        for i, name in enumerate(groups):
-            style = {"color": figures.drawn(i)["color"], "linewidth": 1.5}
-            _band(axes, name, points.get(name, {}), style)
+        for name in groups:
+            _band(axes, name, points.get(name, {}), styles[name])
         if phase := _phase(groups):
             axes.axvspan(*phase, color="0.9", zorder=0, label="DyReLU is phased out")
         highest = max(max(values) for some in points.values() for values in some.values())
-        axes.set(title=title, xlabel="epoch", ylim=(0, 1.05 * highest or 1))
+        axes.set(title=title, xlabel="epoch", ylim=(0, 1.05 * highest) if highest else (-0.05, 1))  # a line of zeros
+        axes.locator_params(axis="both" if title.startswith("layers") else "x", integer=True)
 
     return [draw]
 

@@ -211,6 +211,8 @@ def read_yaml(path: str | Path, flag: str) -> dict[str, Any]:
         if key := _twice(yaml.compose(text, yaml.SafeLoader)):
             raise UsageError(f"{flag} {path} says {key} twice; allowed is once")
         content = yaml.safe_load(text)
+    except FileNotFoundError:
+        raise UsageError(f"{flag} {path}: no such file") from None
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         reason = getattr(error, "strerror", None) or " ".join(str(error).split())
         raise UsageError(f"{flag} {path} cannot be read as YAML: {reason}") from error

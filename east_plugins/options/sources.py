@@ -102,7 +102,7 @@ class File:
         """The file of one run of its grid: values of settings, as YAML has them, added to what it says."""
         if not settings:
             return self
-        source = f"{self.path}: grid"
+        source = f"the grid of {self.path}"
         said = _parsed(source, settings, _raw({**self.values, **settings}))
         values = {**over(self.values, said), **said}
         origins = {**self.origins, **{name: f"{name.replace('_', '-')} of {source}" for name in said}}

@@ -281,7 +281,7 @@ def _check(name, source: Source, data_dir, image_size, validation, limit, downlo
         reading = ", ".join(other for other in SOURCES if SOURCES[other].needs)
         raise UsageError(f"`data_dir` {data_dir} is not read by `data` {name}; `data` that reads a folder: {reading}")
     if source.needs and data_dir is None:
-        raise UsageError(f"`data` {name} needs `data_dir`, a folder with {source.needs}")
+        raise UsageError(f"`data` is {name}, which needs `data_dir`, a folder with {source.needs}")
     if source.needs and not download and not Path(data_dir).is_dir():
         raise UsageError(f"`data_dir` {data_dir}: no such folder; expected is one with {source.needs}")
 

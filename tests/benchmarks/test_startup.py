@@ -21,7 +21,10 @@ def test_every_start_is_timed_as_a_multiple_of_import_torch(capsys):
 NO_TORCH = ["", "--help", "--version", "bench --help", "bench step --help", "bench update --nonsense", "analyze --help"]
 
 
-@pytest.mark.parametrize("words", [*NO_TORCH, "analyze", "export --help"])
+MISSING = [f"{command} --config missing.yaml --out never" for command in ("train", "compare", "study", "cycles")]
+
+
+@pytest.mark.parametrize("words", [*NO_TORCH, *MISSING, "analyze", "export --help"])
 def test_what_needs_no_torch_does_not_import_it(words):
     run = f"from east_plugins.__main__ import main; main({words.split()!r})" if words else ""
     code = f"import sys, east_plugins\ntry:\n    {run or 'pass'}\nexcept SystemExit:\n    pass\n"

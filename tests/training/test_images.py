@@ -351,7 +351,7 @@ def test_tinyimagenet_is_tested_on_its_annotated_images(tmp_path):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (dict(name="cifar10"), "`data` cifar10 needs `data_dir`, a folder with cifar-10-batches-py"),
+        (dict(name="cifar10"), "`data` is cifar10, which needs `data_dir`, a folder with cifar-10-batches-py"),
         (dict(name="folder", data_dir="/nowhere"), "`data_dir` /nowhere: no such folder; expected .*train/<class>/"),
         (dict(name="digits", validation=1.0), "`validation` 1.0: allowed are shares from 0 to below 1"),
         (dict(name="digits", validation=float("nan")), "`validation` nan"),
