@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 from torch.utils.weak import TensorWeakRef
 
+from ..ops.active import Active
+
 
 class MaskedGradients:
     """Zeroes gradients of inactive weights in place, and knows which gradients it has zeroed.
@@ -21,13 +23,18 @@ class MaskedGradients:
         self._factors: dict[str, _Factor] = {}
 
     @torch.no_grad()
-    def mask(self, grads: Mapping[str, Tensor], masks: Mapping[str, Tensor]) -> None:
-        """Set the gradients to zero outside of the masks of the same names."""
+    def mask(self, grads: Mapping[str, Tensor], masks: Mapping[str, Tensor], few: Mapping[str, Active]) -> None:
+        """Set the gradients to zero outside of the masks of the same names. `few`: where so few are active that it is
+        faster to put them back."""
         if grads and _at_once(grads):
             torch._foreach_mul_(list(grads.values()), self.factors(grads, masks))
         else:
             for name, grad in grads.items():
-                grad.masked_fill_(~masks[name], 0)
+                if name in few:
+                    values = few[name].values(grad)
+                    few[name].put(grad.zero_(), values)
+                else:
+                    grad.masked_fill_(~masks[name], 0)
         self._masked |= {name: (TensorWeakRef(grad), grad._version) for name, grad in grads.items()}
 
     def factors(self, like: Mapping[str, Tensor], masks: Mapping[str, Tensor]) -> list[Tensor]:

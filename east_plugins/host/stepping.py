@@ -182,4 +182,5 @@ class Stepping:
 
     def _mask_gradients(self, names: Iterable[str]) -> None:
         masks = {name: self.records[name].mask for name in names}
-        self.masked.mask(self.gradients(masks), masks)
+        few = {name: self.records[name].active for name in masks if self._packs(self.records[name])}
+        self.masked.mask(self.gradients(masks), masks, few)

@@ -116,10 +116,12 @@ class Network:
             self.optimizer, growth_mode=growth, update_frequency=update_frequency, seed=self.subject.seed, **settings
         )
         allocation = masks if isinstance(masks, str) else "ERK"
+        drawn = {name: weight.detach().clone() for name, weight in maskable(self.model).items()}
         host.add_module(self.model, self.subject.density, allocation, input_shape=self.subject.shape)
         if not isinstance(masks, str):
             for name, mask in masks.items():
                 host.masks[name].copy_(mask)
+                host.weights[name].data.copy_(drawn[name] * mask)
             host.load_state_dict(host.state_dict())
         return host
 

@@ -18,6 +18,7 @@ from .once import once
 from .taps import planes
 
 if TYPE_CHECKING:
+    from .gradient import DenseGradient
     from .layers import LayerPlan, NormPlan
 
 
@@ -27,8 +28,9 @@ class Pending:
     It is computed where anything but a norm, an addition or a ReLU reads it. Read in two ways, it is computed twice.
     """
 
-    def __init__(self, x: Tensor, convolution: LayerPlan | None = None):
-        self._x, self._convolution = x, convolution
+    def __init__(self, x: Tensor, convolution: LayerPlan | None = None, dense: DenseGradient | None = None):
+        """`dense` takes the gradient of the convolution's output."""
+        self._x, self._convolution, self._dense = x, convolution, dense
         self._norm: NormPlan | None = None
         self._at: Tensor | None = None
         self._residual: Tensor | None = None
@@ -39,7 +41,7 @@ class Pending:
     def normed(self, norm: NormPlan, channels: Tensor | None) -> Pending:
         """After a norm; `channels` are those that the planes have of the norm's, None for all."""
         begun = self._norm is not None or self._value is not None
-        after = Pending(self.value()) if begun else Pending(self._x, self._convolution)
+        after = Pending(self.value()) if begun else Pending(self._x, self._convolution, self._dense)
         after._norm, after._at, after._unmoved = norm, channels, [norm]
         return after
 
@@ -63,7 +65,7 @@ class Pending:
         other = read(other)
         if not self._takes(other):
             return self.value() + other
-        total = Pending(self._x, self._convolution)
+        total = Pending(self._x, self._convolution, self._dense)
         total._norm, total._at, total._unmoved, total._residual = self._norm, self._at, self._unmoved, other
         return total
 
@@ -89,7 +91,7 @@ class Pending:
     def _compute(self, relu: bool) -> Tensor:
         with torch.set_grad_enabled(self._grad):
             if self._norm is None:
-                return self._x if self._convolution is None else self._convolution.product(self._x)
+                return self._x if self._convolution is None else self._convolution.product(self._x, self._dense)
             x, source, sink = self._x, None, None
             if self._convolution is not None:
                 x, source, sink = self._convolution.operands(x)
@@ -167,7 +169,7 @@ class _Layer(torch.autograd.Function):
         ctx.norm = Norm(of._norm.module, weight, bias, of._at, share, relu)
         y, found = ctx.norm.forward(x if z is None else z, residual)
         ctx.save_for_backward(x, values, z, y if relu else None, found)
-        ctx.sink = sink
+        ctx.sink, ctx.dense = sink, of._dense
         return y
 
     @staticmethod
@@ -180,6 +182,8 @@ class _Layer(torch.autograd.Function):
         grad_source = None
         if z is not None:
             grad_z, grad_x = grad_x, None
+            if ctx.dense is not None:
+                ctx.dense.from_kept(grad_z.permute(3, 0, 1, 2))
             if needs[0]:
                 grad_x = ctx.passes.input_gradient(grad_z, values, x)
             if needs[1]:

@@ -46,7 +46,7 @@ class GradientPlan:
     """
 
     def __init__(self, plan: LayerPlan, inputs: Tensor, outputs: Tensor, per_image: bool):
-        self.plan, self.sink, self.per_image = plan.alone(), plan.sink, per_image
+        self.plan, self.sink, self.per_image = copy.copy(plan), plan.sink, per_image
         self.plan.split = None
         self.module = plan.module
         device = plan.module.weight.device
@@ -60,13 +60,12 @@ class GradientPlan:
             raise NotImplementedError("an input with other channels than the wiring says")
         if not supported(self.module, kept) or self.module.groups > 1:
             raise NotImplementedError("a convolution in groups, or without a kernel")
-        y = self.plan(kept)
-        dense = _DenseGradient(self, kept.detach(), constants)
-        if y.requires_grad:  # not in the first, gradient-free pass of a checkpoint
-            y.register_hook(dense.from_kept)
+        dense = DenseGradient(self, kept.detach(), constants)
+        y = self.plan.begun(kept, dense)
         if not (self.per_image or len(self.outputs.rest)):
             return y
-        rest = y.new_zeros(len(y) if self.per_image else 1, len(self.outputs.rest), 1, 1, requires_grad=True)
+        images = len(kept) if self.per_image else 1
+        rest = kept.new_zeros(images, len(self.outputs.rest), 1, 1, dtype=y.dtype, requires_grad=True)
         if self.per_image:
             rest = rest.clone()
             if rest.requires_grad:
@@ -82,7 +81,10 @@ class GradientPlan:
         self.sink.add_dense(rows, columns, gradient)
 
     def alone(self) -> GradientPlan:
-        return self
+        """As `LayerPlan.alone`."""
+        plan = copy.copy(self)
+        plan.plan = self.plan.alone()
+        return plan
 
     def apart(self, leaves: Mapping[int, Tensor], sinks: dict[int, Sink]) -> GradientPlan:
         """As `LayerPlan.apart`."""
@@ -92,7 +94,7 @@ class GradientPlan:
         return plan
 
 
-class _DenseGradient:
+class DenseGradient:
     """The weight's gradient as a sum of four blocks: of kept and other outputs, times kept and other inputs."""
 
     def __init__(self, plan: GradientPlan, x: Tensor, constants: Tensor):

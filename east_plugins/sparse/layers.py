@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import threading
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -21,6 +21,9 @@ from .norm import compiled, normalise, normalise_with
 from .once import once
 from .split import Channels, Split
 from .taps import TapConvolution, supported
+
+if TYPE_CHECKING:
+    from .gradient import DenseGradient
 
 #: Forward methods of the layers that a plan can stand in for.
 PLAIN = {nn.Conv1d.forward, nn.Conv2d.forward, nn.Conv3d.forward, nn.Linear.forward}
@@ -193,13 +196,18 @@ class LayerPlan:
 
     def __call__(self, x: Any) -> Any:
         x = read(x.kept if isinstance(x, Split) else x)
-        y = Pending(x, self) if self._is_first_of_node(x) else self.product(x)
+        y = self.begun(x)
         if self.split is None:
             return y
         rest = x.new_zeros(1, len(self.split.rest), 1, 1, dtype=y.dtype)
         if self.module.bias is not None:
             rest = rest + self.module.bias[self.split.rest].view(-1, 1, 1)
         return Split(y, rest, self.split)
+
+    def begun(self, x: Tensor, dense: DenseGradient | None = None) -> Tensor | Pending:
+        """The output for planned channels, or what stands for it until what follows is known; `dense` takes its
+        gradient."""
+        return Pending(x, self, dense) if self._is_first_of_node(x) else self.product(x, dense)
 
     def _is_first_of_node(self, x: Tensor) -> bool:
         """Whether a norm after it may be computed with it."""
@@ -221,7 +229,13 @@ class LayerPlan:
         """Of the output, for an input [N, C, H, W]."""
         return torch.Size((len(x), *self.taps.passes(*x.shape[2:]).shape))
 
-    def product(self, x: Tensor) -> Tensor:
+    def product(self, x: Tensor, dense: DenseGradient | None = None) -> Tensor:
+        y = self._product(x)
+        if dense is not None and y.requires_grad:  # not in the first, gradient-free pass of a checkpoint
+            y.register_hook(dense.from_kept)
+        return y
+
+    def _product(self, x: Tensor) -> Tensor:
         module = self.module
         if x.shape[self.axis] != self.shape[1]:
             x = x.index_select(self.axis, self.inputs)

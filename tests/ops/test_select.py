@@ -1,6 +1,6 @@
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from east_plugins.ops import select
@@ -101,3 +101,34 @@ def test_selections_together_are_those_one_by_one(accelerator, monkeypatch):
         layers[1::2], together([select.highest(*x, draws) for x in layers[1::2]]), strict=True
     ):
         assert len(chosen.unique()) == k and eligible[chosen].all()
+
+
+@pytest.mark.parametrize("kind", ["distinct", "rounded", "mostly zero", "with NaN", "all equal"])
+@pytest.mark.parametrize("share", [0.5, 0.999])
+def test_large_layers_on_the_cpu_choose_what_one_pass_over_all_scores_chooses(kind, share, monkeypatch):
+    """Most positions are left out by looking at blocks of them."""
+    for seed in range(10):
+        generator = torch.Generator().manual_seed(seed)
+        n = int(torch.randint(70, 20_000, (1,), generator=generator))
+        scores, eligible = torch.randn(n, generator=generator), torch.rand(n, generator=generator) < share
+        if kind == "rounded":
+            scores = (3 * scores).round()
+        elif kind == "mostly zero":
+            scores = torch.where(torch.rand(n, generator=generator) < 0.99, 0.0, scores)
+        elif kind == "with NaN":
+            scores[torch.rand(n, generator=generator) < 0.01] = torch.nan
+        elif kind == "all equal":
+            scores = torch.zeros(n)
+        k = max(1, int(eligible.sum()) // int(torch.randint(1, 200, (1,), generator=generator)))
+        chosen = []
+        for asks_nothing in (True, False):
+            monkeypatch.setattr(select, "_asks_nothing", lambda tensor, so=asks_nothing: so)
+            chosen.append(select.top_k(scores, k, eligible, torch.Generator().manual_seed(5)).sort().values)
+        assert torch.equal(*chosen)
+
+
+@settings(deadline=None)
+@given(n=st.integers(0, 20_000), share=st.sampled_from([0.0, 0.001, 0.1, 1.0]), first=st.integers(0, 9))
+def test_places_of_a_mask(n, share, first):
+    mask = (torch.rand(n + first, generator=torch.Generator().manual_seed(n)) < share)[first:]
+    assert torch.equal(select.places(mask), mask.nonzero().flatten())
