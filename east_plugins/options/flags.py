@@ -33,6 +33,10 @@ SIZES = dict(
 )  # fmt: skip
 
 MANY_FLAGS = 25  #: a usage that names them all would fill the screen before it is said what the command does
+#: What flags are called in other programs; `--density` is 1 - sparsity.
+ELSEWHERE = {
+    "--sparsity": ("--sparsities", "--density"), "--learning-rate": ("--lr",), "--arch": ("--model",), "--output": ("--out",)
+}  # fmt: skip
 LARGEST_YAML, DEEPEST_YAML = 2**20, 20  #: bytes and levels of a configuration file
 
 #: Called with a parser, what is known of its arguments, and the flags among them that it does not know.
@@ -76,6 +80,7 @@ class Parser(argparse.ArgumentParser):
         if match := re.match(r"unrecognized arguments: (--[^ =]+)", message):
             shown = {action.option_strings[-1] for action in option_strings(self).values()}
             near = difflib.get_close_matches(match[1].replace("_", "-"), shown, n=3)
+            near = [name for name in ELSEWHERE.get(match[1], ()) if name in shown][:1] or near
             message += f"; did you mean {' or '.join(near)}?" if near else "; see --help"
         raise UsageError(message.removeprefix("argument "))
 

@@ -197,6 +197,8 @@ def test_other_optimizers_precision_and_layout(flags, tmp_path):
         ("--epochs 1 --limit 60 --batch-size 128", "--epochs 1: a run of 1 steps is too short for the phase-out"),
         ("--device cuda:99", "--device cuda:99"),
         ("--epoch 3", "--epoch"),
+        ("--sparsity 0.99", "--sparsity 0.99; did you mean --density?"),
+        ("--learning-rate 0.1", "did you mean --lr?"),
         ("--density 0.0001", "--density gives"),
         ("--dctps --method rigl --east-share", "prevent conflicts with the DCT"),
         ("--dctps --method rigl --sparse-init synflow", "their saliency says nothing"),
