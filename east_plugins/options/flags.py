@@ -35,8 +35,11 @@ SIZES = dict(
 MANY_FLAGS = 25  #: a usage that names them all would fill the screen before it is said what the command does
 #: What flags are called in other programs; `--density` is 1 - sparsity.
 ELSEWHERE = {
-    "--sparsity": ("--sparsities", "--density"), "--learning-rate": ("--lr",), "--arch": ("--model",), "--output": ("--out",)
-}  # fmt: skip
+    "--sparsity": ("--sparsities", "--density"),
+    "--learning-rate": ("--lr",),
+    "--arch": ("--model",),
+    "--output": ("--out",),
+}
 LARGEST_YAML, DEEPEST_YAML = 2**20, 20  #: bytes and levels of a configuration file
 
 #: Called with a parser, what is known of its arguments, and the flags among them that it does not know.
