@@ -302,13 +302,15 @@ def by_step(records: Sequence[Mapping[str, Any]], path: Path, title: str) -> Non
         random = dict((record["step"], record["expected"]) for record in mine)
         axes.plot(list(random), list(random.values()), color="black", linestyle=":", linewidth=1, label="random sets")
         axes.set(title=f"in the run of {name}", xlabel="step", ylim=(0, 1.05))
+        axes.tick_params(labelbottom=True)  # below some panels there is none
     for axes in panels[len(names) :]:
         axes.set_axis_off()
     panels[0].set_ylabel("Jaccard index")
     handles = {
         label: line for axes in figure.axes for line, label in zip(*axes.get_legend_handles_labels(), strict=True)
     }
-    figure.legend(list(handles.values()), list(handles), loc="outside right center", frameon=False, fontsize=8)
+    order = [name for name in (*names, "random sets") if name in handles]
+    figure.legend([handles[name] for name in order], order, loc="outside right center", frameon=False, fontsize=8)
     figure.suptitle(title, fontsize=10)
     figures.save(figure, path, "`out`")
 
