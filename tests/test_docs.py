@@ -179,7 +179,7 @@ def known_flags():
         patch.setattr(flags.Parser, "parse_args", collect)
         patch.setattr(run, "split", lambda argv, parser: collect(parser))
         kinds = [[name] for name in COMMANDS if name != "bench"]
-        for words in [*kinds, *(["bench", name] for name in ("step", "update", "inference", "gpu"))]:
+        for words in [*kinds, *(["bench", name] for name in ("step", "sweep", "update", "inference", "gpu"))]:
             with pytest.raises(Collected):
                 command_line(words)
     return found

@@ -83,6 +83,7 @@ def sweep(argv: Sequence[str]) -> int:
     add("--threads", type=int, metavar="N", help="CPU threads (default: PyTorch's choice)")
     add("--sparseprop", type=Path, metavar="DIR", help="checkout of SparseProp, built, to time its layers beside ours")
     add("--plot", type=Path, metavar="FILE", help="time against density as PNG, SVG or PDF")
+    add("--relative", action="store_true", help="its times in dense steps: what a busy machine's figures are good for")
     add("--json", action="store_true", help="one JSON object in place of the table")
     parse.set_defaults(device="cpu")
     args = _parsed(parse, argv)
@@ -96,7 +97,7 @@ def sweep(argv: Sequence[str]) -> int:
         published.sparseprop(args.sparseprop)
     result = measure.sweep(_subject(args), args.densities, args.batch_size, args.repeats, args.sparseprop)
     if args.plot:
-        chart.density_chart(result, args.model, args.plot)
+        chart.density_chart(result, args.model, args.plot, args.relative)
     print(json.dumps(result) if args.json else measure.as_text(result))
     return 0
 

@@ -14,20 +14,26 @@ LABELS = {
 }  # fmt: skip
 
 
-def density_chart(result: dict[str, Any], subject: str, path: Path) -> None:
+def density_chart(result: dict[str, Any], subject: str, path: Path, relative: bool = False) -> None:
     """Milliseconds of a step against density, both logarithmic, with the limit of the arithmetic, of `sweep`.
+
+    `relative`: as shares of the dense step of the same rounds, which a machine's other work leaves nearly alone.
 
     Raises `UsageError` where `path` cannot be written, and `MissingExtraError`.
     """
     rows = sorted(result["rows"], key=lambda row: row["density"])
     densities = [row["density"] for row in rows]
+    ones = [row["median_ms"]["dense, masked"] if relative else 1 for row in rows]
     figure = figures.figure(7, 4.4)
     axes = figure.subplots()
     for i, name in enumerate(rows[0]["median_ms"]):
-        axes.plot(densities, [row["median_ms"][name] for row in rows], label=name, **figures.drawn(i))
-    axes.plot(densities, [row["limit_ms"] for row in rows], "k--", linewidth=1, label="arithmetic alone")
+        shares = [row["median_ms"][name] / one for row, one in zip(rows, ones, strict=True)]
+        axes.plot(densities, shares, label=name, **figures.drawn(i))
+    limits = [row["limit_ms"] / one for row, one in zip(rows, ones, strict=True)]
+    axes.plot(densities, limits, "k--", linewidth=1, label="arithmetic alone")
     about = f"{subject}, {result['masks']} masks, batch {result['batch_size']}, {result['threads']} thread(s)"
-    axes.set(xscale="log", yscale="log", xlabel="density", ylabel="ms a training step", title=about)
+    label = "a training step, in dense steps" if relative else "ms a training step"
+    axes.set(xscale="log", yscale="log", xlabel="density", ylabel=label, title=about)
     axes.grid(which="major", color="#DDDDDD")
     axes.legend(frameon=False)
     figures.save(figure, path, "`plot`")

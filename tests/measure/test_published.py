@@ -56,7 +56,8 @@ def test_a_sweep_has_a_row_for_each_density_and_a_picture(tmp_path, capsys):
     assert 0 < low["limit_ms"] < high["limit_ms"]
     assert low["peak_mib"].keys() == low["median_ms"].keys() and min(low["peak_mib"].values()) > 0
     assert (tmp_path / "sweep.png").read_bytes().startswith(b"\x89PNG")
-    assert main([*SWEEP, "--densities", "0.1"]) == 0
+    assert main([*SWEEP, "--densities", "0.1", "--relative", "--plot", str(tmp_path / "relative.svg")]) == 0
+    assert "in dense steps" in (tmp_path / "relative.svg").read_text()
     assert "arithmetic alone" in capsys.readouterr().out
 
 
