@@ -67,8 +67,9 @@ def test_the_kernels_tests_pass_and_nothing_is_found(sanitizer, tmp_path):
     script = "import sys, pytest; sys.exit(pytest.main(sys.argv[1:]))"
     done = sanitized(sanitizer, tmp_path, script, "-q", "-x", "-s", "-p", "no:cacheprovider", *tests)
     said = done.stdout + done.stderr
+    found = re.search(r"[^\n]*(ERROR: AddressSanitizer|runtime error:|WARNING: ThreadSanitizer)", said)
+    assert not found, said[found.start() :][:4000]
     assert done.returncode == 0, said[-4000:]
-    assert not re.search(r"ERROR: AddressSanitizer|runtime error:|WARNING: ThreadSanitizer", said), said[-4000:]
 
 
 COPIES = """
