@@ -46,7 +46,7 @@ def sanitized(sanitizer, folder, script, *args):
     compiler.chmod(0o755)
     environment = os.environ | {
         "CC": str(compiler),
-        "LD_PRELOAD": runtime(sanitizer),
+        "LD_PRELOAD": f"{runtime(sanitizer)}:libstdc++.so.6",  # the latter so that PyTorch can throw
         "ASAN_OPTIONS": "detect_leaks=0",  # Python's own
         "UBSAN_OPTIONS": "print_stacktrace=1",
         "TSAN_OPTIONS": "exitcode=66 report_signal_unsafe=0",
