@@ -30,9 +30,8 @@ cores=$("$python" -c 'import os; print(os.cpu_count() or 1)')
 case ${1:-compare} in
 compare)
     install train
-    exec "$venv/bin/python" -m east_plugins compare --config configs/digits.yaml \
-        --methods static,set,rigl,east,rigl+connected,east+connected \
-        --sparsities 0.999,0.9995 --seeds 0,1 --jobs "$((cores < 24 ? cores : 24))" --threads 1 --out runs/digits
+    exec "$venv/bin/python" -m east_plugins compare --config configs/digits_east.yaml \
+        --jobs "$((cores < 21 ? cores : 21))" --threads 1 --out runs/digits
     ;;
 test)
     install train,test

@@ -62,7 +62,9 @@ class Config:
 
     method: str = option("east", _METHOD_HELP)
     recipe: str | None = option(
-        None, f"how the method is trained: {', '.join(methods.RECIPES)}; what is given by hand goes before it"
+        None,
+        f"how the method is trained: {', '.join(methods.RECIPES)}; what is given by hand goes before it (default: east "
+        "for method east, and for all that compare sets beside it, else paper)",
     )
     model: str = option("resnet34", "network, see `info --model help`")
     width: int | None = option(None, "channels of the network's stem (default: its own, 64 in resnet34)", type=int)
@@ -266,7 +268,7 @@ class Config:
 
     def _recipe(self) -> dict[str, Any]:
         """What the recipe says, as far as it concerns this run."""
-        values = methods.RECIPES[self.recipe].values() if self.recipe else {}
+        values = methods.RECIPES[self.recipe or methods.default_recipe(self.method)].values()
         if self.optimizer != "sgd":
             values.pop("lr_drops", None)
         if not self.has_momentum:
@@ -304,7 +306,7 @@ class Config:
         asked = {name: value for name, value in vars(self).items() if value is not None}
         fields = {field.name for field in dataclasses.fields(self)}
         ours = {name: value for name, value in {**recipe, **preset.settings}.items() if name in fields}
-        values = {**vars(self), **defaults, **ours, **asked}
+        values = {**vars(self), **defaults, "recipe": methods.default_recipe(self.method), **ours, **asked}
         values["east"] = self._resolve_east(preset, recipe, steps_per_epoch, min(values["lr_drops"], default=None))
         values["plugin_options"] = self._resolve_options(values)
         found = Resolved(**values, steps_per_epoch=steps_per_epoch)

@@ -200,6 +200,11 @@ RECIPES: dict[str, Recipe] = {
 }
 
 
+def default_recipe(name: str) -> str:
+    """The recipe of a method such as `east+connected` where none is asked for."""
+    return "east" if name.split("+")[0] == "east" else "paper"
+
+
 #: The setting that says whether a trick is on, for the tricks that are one switch.
 SWITCHES: dict[str, str] = {
     "east_cyclic": "cyclic", "east_dyrelu": "dyrelu", "east_share": "share", "dctps": "dctps",

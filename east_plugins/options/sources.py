@@ -230,7 +230,8 @@ def read(path: str | Path) -> File:
 
 def _parsed(name: str, content: Mapping[str, Any], known: Mapping[str, Any]) -> dict[str, Any]:
     """One file's keys and values, as parsed flags; `known` names the plugins whose options may be there."""
-    content = {key: value for key, value in content.items() if key != "versions"}
+    if "versions" in content:  # a run's record; until recipes had a default per method, this was it
+        content = {"recipe": "paper", **{key: value for key, value in content.items() if key != "versions"}}
     reader, source = flags.Parser(add_help=False), f"--config {name}"
     add_flags(reader)
     try:

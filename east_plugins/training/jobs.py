@@ -12,6 +12,7 @@ from typing import Any
 
 from ..errors import UsageError
 from ..options import grid, sources
+from ..options import methods as presets
 from ..options.config import Config
 
 METHODS, SPARSITIES, SEEDS = ("set", "rigl", "east"), (0.999, 0.9995), (0,)  #: where neither flags nor a file say
@@ -86,10 +87,21 @@ def jobs(
                 job = _job(apart, varied, out, {**base, **settings})
                 if not narrowed or all(job.options != other.options for other in found):
                     found.append(job)
+    found = _by_one_recipe(found)
     places = [job.out for job in found]
     if twice := [place for i, place in enumerate(places) if place in places[:i]]:
         raise UsageError(f"`config` {config}: its grid has {twice[0].name} twice")
     return found
+
+
+def _by_one_recipe(found: list[Job]) -> list[Job]:
+    """The jobs, trained alike: where EAST is among those that ask for no recipe, its default is that of all of them."""
+    if "east" not in {presets.default_recipe(job.method) for job in found if job.options.recipe is None}:
+        return found
+    return [
+        dataclasses.replace(job, options=dataclasses.replace(job.options, recipe=job.options.recipe or "east"))
+        for job in found
+    ]
 
 
 def _check(given: Mapping[str, Sequence[Any] | None]) -> None:

@@ -178,7 +178,8 @@ def plan(trainer: Trainer) -> list[str]:
     return [
         f"network   {options.model} with {size:,} maskable weights, {host.nonzeros:,} of them active "
         f"({100 * (1 - host.nonzeros / size):.6g} % zero), {live:,} on a path",
-        f"method    {options.label}: {updates}" + (f"; tricks: {', '.join(east)}" if east else ""),
+        f"method    {options.label} by recipe {options.recipe}: {updates}"
+        + (f"; tricks: {', '.join(east)}" if east else ""),
         f"data      {options.data}: {len(data.train):,} images for training, {len(data.validation):,} for validation, "
         f"{len(data.test):,} for the test; {shape}, {data.num_classes} classes",
         f"schedule  {options.epochs} epochs of {options.steps_per_epoch} steps{stops}, {options.batch_size} images a "

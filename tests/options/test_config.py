@@ -27,7 +27,12 @@ def test_paper_numbers_come_out_for_the_papers_run():
     east = parse("--method east --epochs 250 --density 0.0005 --lr-drops 75,150").resolve(352)
     assert (east.lr, east.lr_drops, east.momentum, east.weight_decay) == (0.1, [75, 150], 0.9, 1e-4)
     assert east.death_rate == 0.5
-    assert (east.update_frequency, east.sparse_init, east.growth, east.death) == (4000, "ERK", "gradient", "magnitude")
+    assert (east.update_frequency, east.sparse_init, east.growth, east.death) == (
+        4000,
+        "ERK-floor",
+        "gradient",
+        "magnitude",
+    )
     tricks = east.east
     assert (tricks.cyclic_cycles, tricks.cyclic_length, tricks.cyclic_multiplier) == (2, 50, 10)
     assert (tricks.cyclic_update_frequency, tricks.cyclic_pattern) == (350, "triangular")
@@ -93,7 +98,7 @@ def test_a_method_given_by_hand_is_not_that_of_the_runs_config(old, new, tmp_pat
     options = parse(f"--method {old} --epochs 25 --lr 0.3").resolve(21)
     (tmp_path / "c.yaml").write_text(yaml.safe_dump(options.as_dict()))
     switched = parse(f"--config {tmp_path / 'c.yaml'} --method {new}").resolve(21)
-    assert switched == parse(f"--method {new} --epochs 25 --lr 0.3").resolve(21)
+    assert switched == parse(f"--method {new} --recipe {options.recipe} --epochs 25 --lr 0.3").resolve(21)
 
 
 def test_what_two_methods_have_in_common_stays_as_the_file_says(tmp_path):

@@ -147,3 +147,11 @@ def test_recipe_east_is_es2s_with_cycles_that_close_at_the_target():
     assert (es2.east.cyclic_open, east.east.cyclic_open) == (True, False)
     assert dataclasses.replace(east, recipe="es2", east=dataclasses.replace(east.east, cyclic_open=True)) == es2
     assert (east.clip_norm, east.clip_norm_of, east.nesterov) == (1.0, "all", True)
+
+
+def test_east_is_trained_by_its_own_recipe_and_all_others_as_the_papers_text_says():
+    east = Config(method="east").resolve(21)
+    assert (east.recipe, east.clip_norm, east.nesterov, east.bias_free_head) == ("east", 1.0, True, True)
+    assert Config(method="east+connected").resolve(21).sparse_init == "connected"
+    rigl = Config(method="rigl").resolve(21)
+    assert (rigl.recipe, rigl.clip_norm, rigl.nesterov, rigl.sparse_init) == ("paper", None, False, "ERK")

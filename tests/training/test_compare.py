@@ -11,7 +11,7 @@ from east_plugins.__main__ import main
 from east_plugins.errors import Interrupted
 from east_plugins.training import datasets, images, runs
 from east_plugins.training.compare import compare as training_compare
-from east_plugins.training.jobs import Job
+from east_plugins.training.jobs import Job, jobs
 from east_plugins.training.table import as_csv, collect, markdown
 
 TINY = "--data digits --limit 120 --model cnn --width 4 --batch-size 60 --epochs 2 --device cpu".split()
@@ -190,3 +190,12 @@ def test_a_stopped_comparison_leaves_table_and_picture_of_what_is_finished(tmp_p
     with pytest.raises(Interrupted, match="stopped after 1 of 2 runs"):
         training_compare(["set", "rigl"], [0.8], tmp_path, finished=stop, model="cnn", width=4, epochs=1)
     assert "| set | " in (tmp_path / "table.md").read_text() and (tmp_path / "accuracy.png").exists()
+
+
+def test_what_is_compared_with_east_is_trained_by_its_recipe_unless_one_is_asked_for(tmp_path):
+    def recipes(methods, **settings):
+        return [job.options.resolve(21).recipe for job in jobs(methods, [0.99], [0], tmp_path, settings)]
+
+    assert recipes(["set", "rigl"]) == ["paper", "paper"]
+    assert recipes(["rigl", "east", "rigl+connected"]) == ["east", "east", "east"]
+    assert recipes(["rigl", "east"], recipe="es2") == ["es2", "es2"]
