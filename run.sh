@@ -31,7 +31,7 @@ case ${1:-compare} in
 compare)
     install train
     exec "$venv/bin/python" -m east_plugins compare --config configs/digits_east.yaml \
-        --jobs "$((cores < 21 ? cores : 21))" --threads 1 --out runs/digits
+        --jobs "$((cores < 15 ? cores : 15))" --threads 1 --out runs/digits
     ;;
 test)
     install train,test
