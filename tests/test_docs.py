@@ -8,7 +8,6 @@ from functools import cache
 from pathlib import Path
 
 import pytest
-import yaml
 
 from east_plugins.__main__ import COMMANDS
 from east_plugins.__main__ import main as command_line
@@ -192,12 +191,3 @@ def test_flags_in_the_text_are_flags(name):
             theirs = name == "patches/README.md" and not flag.startswith("--east")  # its table is of scripts' flags
             of_plugin = sources.plugged.slot_of(flag.removeprefix("--").replace("-", "_"))
             assert theirs or of_plugin or flag in known_flags() | FOREIGN, flag
-
-
-def test_the_citation_is_of_the_paper_and_of_this_version():
-    from east_plugins import __version__
-
-    citation = yaml.safe_load(text_of("CITATION.cff"))
-    assert {"cff-version", "message", "title", "authors"} <= citation.keys()
-    assert __version__.startswith(citation["version"]) and f"## {citation['version']}" in text_of("CHANGELOG.md")
-    assert citation["preferred-citation"]["title"].startswith("Pushing the Limits of Sparsity")

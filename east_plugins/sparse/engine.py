@@ -7,7 +7,7 @@ import functools
 import logging
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -18,24 +18,24 @@ from ..errors import UsageError
 from ..host.masking import Masking
 from ..host.packed import Copies
 from ..ops.active import Active
-from ..ops.marks import PluginModule
 from ..ops.maskable import layers, maskable, unwrap
 from ..ops.modes import forked_rng
 from ..ops.substitute import spared_buffers
-from ..ops.swap import Swapped, restore, swap
+from ..ops.swap import restore, swap
 from .check import Check, unseen
+from .compared import Compared
 from .copies import CompiledCopies
 from .faster import Times
 from .gradient import GradientPlan, gradient_plans
 from .layers import LayerPlan, NormPlan, Planned, Sink, Slot, in_backward
 from .limits import obstacle
 from .liveness import Liveness
+from .modules import Kept, all_channels, is_norm, is_watched, reads_all_channels
 
 logger = logging.getLogger(__name__)
 
 ENGINES = ("auto", "dense", "sparse")
 
-Kept = Mapping[nn.Module, tuple[Tensor, ...]]  # channels of a layer (inputs, outputs) or norm
 Plans = Mapping[nn.Module, LayerPlan | GradientPlan | NormPlan]
 
 
@@ -94,8 +94,7 @@ class Engine:
         self._narrow = self._fuses = True
         self._check = Check(self.model, self._forcing, input_shape)
         self._agreed: set[Any] = set()  # modes in which the present plans are right
-        self._seen: dict[Any, set[Any]] = {}  # by kind of plans: states of layers in which they were found right
-        self._topologies: dict[Any, int] = {}  # by kind of plans: how many there were
+        self._compared = Compared()
         self._handles: list[Any] = []
         self._thread = _Thread()
         self._lock = threading.RLock()
@@ -160,7 +159,7 @@ class Engine:
     # ------------------------------------------------------------------ around every forward pass
 
     def _attach(self) -> None:
-        for module in (*self._names, *filter(_is_norm, self.model.modules())):
+        for module in (*self._names, *filter(is_norm, self.model.modules())):
             module.east_slot = self._slots[module] = Slot()
             swap(module, Planned)
         enter, leave = map(torch.compiler.disable, (self._enter, self._leave))  # here, as it imports the compiler
@@ -227,7 +226,7 @@ class Engine:
             return None
         if not self._weights_are_the_hosts() or not self._inactive_are_zero():
             return None
-        masks = (*((id(mask), mask._version) for mask in self._own_masks().values()), _reads_all_channels(self.model))
+        masks = (*((id(mask), mask._version) for mask in self._own_masks().values()), reads_all_channels(self.model))
         if masks != self._masks:
             self._plans, self._masks, self._gradient_plans = self._plan(), masks, None
         self._settle(x)
@@ -235,7 +234,7 @@ class Engine:
             return None
         wanted = self.model.training and training and self.host.dense_gradient_next
         plans = self._with_dense_gradient(x) if wanted else self._plans
-        return plans if plans is None or not _is_watched(self.model) else {m: p.alone() for m, p in plans.items()}
+        return plans if plans is None or not is_watched(self.model) else {m: p.alone() for m, p in plans.items()}
 
     def _is_hooked(self) -> bool:
         """Whether somebody's hooks wait for the gradients of masked weights."""
@@ -281,7 +280,7 @@ class Engine:
             except Exception as error:
                 logger.info("the channels of this network cannot be followed: %s", error)
                 self._widen()
-        self._kept = _all_channels(self._slots)
+        self._kept = all_channels(self._slots)
         return self._kept
 
     def _widen(self) -> None:
@@ -292,7 +291,7 @@ class Engine:
         """See to it that the plans give the dense results in the model's mode, or there are none."""
         if self._plans is None or self.model.training in self._agreed:
             return
-        if not self._must_be_checked(self._kind()):
+        if not self._compared.must_be(self._kind(), self._kept):
             self._agreed.add(self.model.training)
         while self._plans is not None and self.model.training not in self._agreed:
             kind = self._kind()
@@ -301,7 +300,7 @@ class Engine:
             if unseen(check):
                 self._agreed.add(self.model.training)
                 self._gives_gradients.add(kind)
-                self._seen.setdefault(kind, set()).update(self._states())
+                self._compared.agreed(kind, self._kept)
             elif self._fuses:
                 self._fuses, self._plans = False, {module: plan.alone() for module, plan in self._plans.items()}
             elif self._narrow:
@@ -314,22 +313,7 @@ class Engine:
 
     def _kind(self) -> tuple[bool, ...]:
         """What plans are made for, beside the masks."""
-        return self.model.training, self._narrow, self._fuses, _reads_all_channels(self.model)
-
-    def _must_be_checked(self, kind: Any) -> bool:
-        """Whether plans are compared with the dense passes, which costs more than a step: where a layer is in a state
-        (all of its channels kept, some or none) in which no plans of their kind were, and for the 1st, 2nd, 4th, 8th
-        topology and so on."""
-        count = self._topologies[kind] = self._topologies.get(kind, 0) + 1
-        return count & (count - 1) == 0 or not self._states() <= self._seen.get(kind, set())
-
-    def _states(self) -> set[tuple[nn.Module, int, str]]:
-        """Each layer's and norm's sides, and whether all, some or none of their channels are kept."""
-        found = set()
-        for module, sides in self._kept.items():
-            for i, (kept, every) in enumerate(zip(sides, _channels(module), strict=True)):
-                found.add((module, i, "none" if len(kept) == 0 else "all" if len(kept) == every else "some"))
-        return found
+        return self.model.training, self._narrow, self._fuses, reads_all_channels(self.model)
 
     def _masks_by_id(self) -> dict[int, Tensor]:
         return {id(self._weights[name]): mask for name, mask in self._own_masks().items()}
@@ -339,7 +323,7 @@ class Engine:
         return {name: mask for name, mask in self.host.masks.items() if name in self._weights}
 
     def _plans_for(self, kept: Kept, sinks: dict[str, Sink]) -> Plans:
-        split = self._narrow and _reads_all_channels(self.model)
+        split = self._narrow and reads_all_channels(self.model)
         fuses = self._fuses
         return {
             module: LayerPlan(module, sinks[self._names[module]], *kept[module], split, fuses) if module in self._names
@@ -351,7 +335,7 @@ class Engine:
         """Plans that also give the dense gradients; None for networks in which they would come out wrong."""
         if not next(iter(self._weights.values())).is_cpu:  # its passes are compiled ones
             return None
-        all_read = self._narrow and _reads_all_channels(self.model)
+        all_read = self._narrow and reads_all_channels(self.model)
         if self._gradient_plans is None:
             plans = gradient_plans(self._plans, self._kept, all_read)
             kind = "dense", all_read
@@ -443,42 +427,3 @@ class _Hook:
 
     def __reduce__(self):
         return _Hook, ()
-
-
-def _is_norm(module: nn.Module) -> bool:
-    """Whether a module is a batch norm and no more: others' subclasses may have an activation in their forward."""
-    classes = (each for each in type(module).__mro__ if not issubclass(each, Swapped))
-    forward = next(vars(each)["forward"] for each in classes if "forward" in vars(each))
-    return isinstance(module, nn.modules.batchnorm._BatchNorm) and forward is nn.modules.batchnorm._BatchNorm.forward
-
-
-def _is_watched(model: nn.Module) -> bool:
-    """Whether somebody's hooks are to see the inputs and outputs of single modules."""
-    kinds = ("forward_hooks", "forward_pre_hooks", "backward_hooks", "backward_pre_hooks")
-    if any(getattr(nn.modules.module, f"_global_{kind}") for kind in kinds):
-        return True
-    hooks = (
-        each._forward_hooks or each._forward_pre_hooks or each._backward_hooks or each._backward_pre_hooks
-        for each in model.modules()
-        if each is not model
-    )
-    return any(hooks)
-
-
-def _reads_all_channels(model: nn.Module) -> bool:
-    """Whether activations of a plugin read means of all channels, as DyReLU does."""
-    return any(
-        isinstance(module, PluginModule) and any(True for _ in module.parameters()) for module in model.modules()
-    )
-
-
-def _all_channels(modules: Iterable[nn.Module]) -> Kept:
-    return {module: tuple(map(torch.arange, _channels(module))) for module in modules}
-
-
-def _channels(module: nn.Module) -> tuple[int, ...]:
-    """How many channels a layer reads and writes, or a norm has."""
-    if _is_norm(module):
-        return (module.num_features,)
-    outputs, inputs = module.weight.shape[:2]
-    return inputs * getattr(module, "groups", 1), outputs

@@ -62,10 +62,6 @@ class Planned(Swapped):
         return super().forward(input, *args, **kwargs) if plan is None else plan(input)
 
 
-def _compiling() -> bool:
-    return torch.compiler.is_compiling()
-
-
 def in_backward() -> bool:
     return torch._C._current_graph_task_id() != -1
 
@@ -212,18 +208,24 @@ class LayerPlan:
     def _is_first_of_node(self, x: Tensor) -> bool:
         """Whether a norm after it may be computed with it."""
         module = self.module
-        fuses = self.fuses and module.training and module.bias is None and not _compiling()
+        fuses = self.fuses and module.training and module.bias is None and not torch.compiler.is_compiling()
         return fuses and supported(module, x)
 
     def operands(self, x: Tensor) -> tuple[Tensor, Tensor, Sink | None]:
         """The input with its planned channels, and the weight with where its gradient goes; or, where the active
         values are scaled, these."""
-        module = self.module
-        if x.shape[self.axis] != self.shape[1]:  # all channels, put together by an operation that needs them
-            x = x.index_select(self.axis, self.inputs)
-        if (scale := scale_of(module)) is None:
-            return x.to(module.weight.dtype), module.weight, self.sink
-        return x.to(module.weight.dtype), _ActiveValues.apply(module.weight, self.sink) * scale, None
+        weight, x = self.module.weight, self._planned(x)
+        scaled = scale_of(self.module) is not None
+        return x.to(weight.dtype), *((self._values(), None) if scaled else (weight, self.sink))
+
+    def _planned(self, x: Tensor) -> Tensor:
+        """The planned channels of an input that has them, or all, put together by an operation that needs those."""
+        return x if x.shape[self.axis] == self.shape[1] else x.index_select(self.axis, self.inputs)
+
+    def _values(self) -> Tensor:
+        """The active values, scaled where the weight is shared."""
+        values, scale = _ActiveValues.apply(self.module.weight, self.sink), scale_of(self.module)
+        return values if scale is None else values * scale
 
     def shape_after(self, x: Tensor) -> torch.Size:
         """Of the output, for an input [N, C, H, W]."""
@@ -236,12 +238,7 @@ class LayerPlan:
         return y
 
     def _product(self, x: Tensor) -> Tensor:
-        module = self.module
-        if x.shape[self.axis] != self.shape[1]:
-            x = x.index_select(self.axis, self.inputs)
-        values = _ActiveValues.apply(module.weight, self.sink)
-        if (scale := scale_of(module)) is not None:
-            values = values * scale
+        module, x, values = self.module, self._planned(x), self._values()
         bias = module.bias if module.bias is None or self.outputs is None else module.bias[self.outputs]
         if supported(module, x):
             y = self.taps(x, values)
@@ -297,7 +294,7 @@ class NormPlan:
         if not isinstance(x, Split):
             found = x.channels if isinstance(x, Pending) else x.shape[1]
             y = self._norm(x, None if found == self.module.num_features else self.channels)
-            return y if self.fuses and not _compiling() else read(y)
+            return y if self.fuses and not torch.compiler.is_compiling() else read(y)
         share = self.share()
         y = read(self._norm(x.unread, self.channels))
         rest, *constant = self._constants(x.rest, x.channels.rest, y[:, 0].numel())

@@ -88,5 +88,6 @@ def test_checks_end_in_a_table(tmp_path):
 def test_wrong_usage_is_one_line_and_writes_nothing(arguments, message, tmp_path):
     arguments = [str(tmp_path / "x") if word == "x" else word for word in arguments]
     code, _, errors = cuda(*arguments)
-    assert code == 2 and message in errors and len(errors.strip().splitlines()) == 1
+    lines = [line for line in errors.splitlines() if not line.endswith(": loading PyTorch")]  # where that takes long
+    assert code == 2 and message in errors and len(lines) == 1
     assert not list(tmp_path.iterdir())
