@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import ctypes
 import dataclasses
+import functools
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -38,9 +39,6 @@ class Taps:
     def channels(self) -> int:
         return len(self.begin) - 1
 
-    def pointers(self) -> tuple[ctypes.c_void_p, ...]:
-        return tuple(map(kernel.pointer, (self.begin, self.source, self.row, self.column)))
-
 
 @dataclasses.dataclass(frozen=True)
 class _Axis:
@@ -67,18 +65,20 @@ class BlockConvolution:
     """The passes of a `TapConvolution` for one size of planes: forward, input gradient, weight gradient."""
 
     def __init__(self, taps: TapConvolution, height: int, width: int):
-        self.sources = taps.inputs, taps.outputs
         axes = (*zip(taps.kernel_size, taps.stride, taps.padding, taps.dilation, strict=True),)
         geometry = taps.geometry(height, width)
         out = [geometry.rows.out, geometry.columns.out]
         self.shape = (taps.outputs, *out)
-        self.forward = self._forward(taps, axes, (height, width), out)
-        self.backward = list(self._backward(taps, axes, (height, width), out))
-        written = sum(rows.count * columns.count for _, (rows, columns) in self.backward)
-        self.covered = written == height * width  # by the passes of the input gradient
+        self._forward = _Pass(*self._described(taps, axes, (height, width), out), taps.inputs)
+        backward = list(self._described_backward(taps, axes, (height, width), out))
+        self._backward = [_Pass(*each, taps.outputs) for each in backward]
+        written = sum(rows.count * columns.count for _, (rows, columns) in backward)
+        self._covered = written == height * width  # by the passes of the input gradient
 
     @staticmethod
-    def _forward(taps: TapConvolution, axes: tuple, sizes: tuple[int, int], out: list[int]) -> tuple[Taps, list[_Axis]]:
+    def _described(
+        taps: TapConvolution, axes: tuple, sizes: tuple[int, int], out: list[int]
+    ) -> tuple[Taps, list[_Axis]]:
         side = taps.by_output
         places = [
             place * dilation - padding
@@ -91,7 +91,7 @@ class BlockConvolution:
         return Taps(side.begin, side.read, *places), described
 
     @staticmethod
-    def _backward(
+    def _described_backward(
         taps: TapConvolution, axes: tuple, sizes: tuple[int, int], out: list[int]
     ) -> Iterator[tuple[Taps, list[_Axis]]]:
         """One pass for every remainder of a place by the stride: the taps that lead from it to a written place."""
@@ -119,43 +119,65 @@ class BlockConvolution:
     def convolve(self, x: Tensor, values: Tensor) -> Tensor:
         """[inputs, H, W, N] to [outputs, H', W', N]."""
         out = x.new_empty(*self.shape, x.shape[-1])
-        self._gather(*self.forward, self.sources[0], values, x, out)
+        self._forward.gather(values, x, out)
         return out
 
     def input_gradient(self, grad: Tensor, values: Tensor, like: Tensor) -> Tensor:
-        grad_x = torch.empty_like(like) if self.covered else torch.zeros_like(like)
-        for taps, axes in self.backward:
-            self._gather(taps, axes, self.sources[1], values, grad, grad_x)
+        grad_x = torch.empty_like(like) if self._covered else torch.zeros_like(like)
+        for each in self._backward:
+            each.gather(values, grad, grad_x)
         return grad_x
 
     def weight_gradient(self, grad: Tensor, x: Tensor) -> Tensor:
         """Of every tap, in float64."""
-        taps, axes = self.forward
-        total = torch.empty(len(taps), dtype=torch.float64)
-        _call("weight_gradient_blocks", taps, axes, self.sources[0], grad, x, total)
+        total = torch.empty(len(self._forward.taps), dtype=torch.float64)
+        self._forward.products(grad, x, total)
         return total
 
-    @staticmethod
-    def _gather(taps: Taps, axes: list[_Axis], sources: int, values: Tensor, x: Tensor, out: Tensor) -> None:
-        _call("gather_blocks", taps, axes, sources, taps.order, values, x, out)
+
+class _Pass:
+    """The functions of blocks.c for some taps that read so many channels, `sources`."""
+
+    def __init__(self, taps: Taps, axes: list[_Axis], sources: int):
+        self.taps, self._axes = taps, axes
+        listed = (taps.begin, taps.source, taps.row, taps.column)
+        self._given = (taps.channels, sources, *map(Tensor.data_ptr, listed))
+        self._order = None if taps.order is None else taps.order.data_ptr()
+        self._structs: dict[int, kernel.Pass] = {}
+
+    def gather(self, values: Tensor, x: Tensor, out: Tensor) -> None:
+        gather, _ = _functions(x.dtype)
+        addresses = values.data_ptr(), x.data_ptr(), out.data_ptr()
+        _raise(gather(self._struct(x), *self._given, self._order, *addresses))
+
+    def products(self, grad: Tensor, x: Tensor, total: Tensor) -> None:
+        _, products = _functions(x.dtype)
+        _raise(products(self._struct(x), *self._given, grad.data_ptr(), x.data_ptr(), total.data_ptr()))
+
+    def _struct(self, x: Tensor) -> int:
+        """Address of the description for planes with so many images."""
+        images = x.shape[-1]
+        if images not in self._structs:
+            rows, columns = self._axes
+            self._structs[images] = kernel.Pass(
+                images, rows.count, columns.count, rows.first, columns.first, rows.step, columns.step,
+                rows.size, columns.size, rows.source_size, columns.source_size, rows.stride, columns.stride,
+                rows.lowest, rows.highest, columns.lowest, columns.highest, rows.phases, columns.phases,
+            )  # fmt: skip
+        return ctypes.addressof(self._structs[images])
 
 
-def _call(name: str, taps: Taps, axes: list[_Axis], sources: int, *tensors: Tensor | None) -> None:
-    """A function of blocks.c on tensors, the last but one being planes."""
-    planes = tensors[-2]
-    assert planes is not None
-    library = kernel.load(planes.dtype)
-    assert library is not None  # or a convolution would not have come here, see `taps.supported`
-    struct = _struct(planes.shape[-1], axes)
-    pointers = (*taps.pointers(), *map(kernel.pointer, tensors))
-    if getattr(library, name)(ctypes.byref(struct), taps.channels, sources, *pointers):
+def _raise(failed: int) -> None:
+    if failed:
         raise MemoryError("no memory for the copies of a sparse convolution")
 
 
-def _struct(images: int, axes: list[_Axis]) -> kernel.Pass:
-    rows, columns = axes
-    return kernel.Pass(
-        images, rows.count, columns.count, rows.first, columns.first, rows.step, columns.step,
-        rows.size, columns.size, rows.source_size, columns.source_size, rows.stride, columns.stride,
-        rows.lowest, rows.highest, columns.lowest, columns.highest, rows.phases, columns.phases,
-    )  # fmt: skip
+@functools.cache
+def _functions(dtype: torch.dtype) -> tuple[Any, Any]:
+    """`gather_blocks` and `weight_gradient_blocks`, which take addresses."""
+    library = kernel.load(dtype)
+    assert library is not None  # or a convolution would not have come here, see `taps.supported`
+    gather, products = library.gather_blocks, library.weight_gradient_blocks
+    shared = [ctypes.c_void_p, ctypes.c_int, ctypes.c_int, *[ctypes.c_void_p] * 4]
+    gather.argtypes, products.argtypes = [*shared, *[ctypes.c_void_p] * 4], [*shared, *[ctypes.c_void_p] * 3]
+    return gather, products

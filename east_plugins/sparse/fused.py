@@ -7,6 +7,7 @@ result.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -34,15 +35,27 @@ class Pending:
         self._norm: NormPlan | None = None
         self._at: Tensor | None = None
         self._residual: Tensor | None = None
-        self._unmoved: list[NormPlan] = []  # the norm, until its running statistics were moved
+        self._each: int | None = None  # see `Norm`
+        self._unmoved: list[Callable[[], float | None]] = []  # gives the share, until running statistics were moved
         self._grad = torch.is_grad_enabled()
         self._value: Tensor | None = None
 
-    def normed(self, norm: NormPlan, channels: Tensor | None) -> Pending:
-        """After a norm; `channels` are those that the planes have of the norm's, None for all."""
+    def normed(self, norm: NormPlan, channels: Tensor | None, share: Callable[[], float | None]) -> Pending:
+        """After a norm; `channels` are those that the planes have of the norm's, None for all. `share` is asked once,
+        where the running statistics are moved."""
         begun = self._norm is not None or self._value is not None
         after = Pending(self.value()) if begun else Pending(self._x, self._convolution, self._dense)
-        after._norm, after._at, after._unmoved = norm, channels, [norm]
+        after._norm, after._at, after._unmoved = norm, channels, [share]
+        return after
+
+    @classmethod
+    def of_constants(
+        cls, x: Tensor, each: int, norm: NormPlan, channels: Tensor, share: Callable[[], float | None]
+    ) -> Pending:
+        """Some channels after a norm that are constants of an image, [N or 1, C, 1, 1]: each number stands for `each`.
+        The norm's other channels are computed before."""
+        after = cls(x).normed(norm, channels, share)
+        after._each = each
         return after
 
     def value(self) -> Tensor:
@@ -165,8 +178,8 @@ class _Layer(torch.autograd.Function):
             values = source if sink is None else sink.active.values(source)
             ctx.passes = of._convolution.taps.passes(*x.shape[1:3])
             z = ctx.passes.convolve(x, values)
-        share = of._unmoved.pop().share() if of._unmoved else None
-        ctx.norm = Norm(of._norm.module, weight, bias, of._at, share, relu)
+        share = of._unmoved.pop()() if of._unmoved else None
+        ctx.norm = Norm(of._norm.module, weight, bias, of._at, share, relu, of._each)
         y, found = ctx.norm.forward(x if z is None else z, residual)
         ctx.save_for_backward(x, values, z, y if relu else None, found)
         ctx.sink, ctx.dense = sink, of._dense

@@ -18,6 +18,7 @@ from ..ops.swap import Swapped
 from ..plugins.transform.sharing import scale_of
 from .fused import Pending, read
 from .norm import compiled, normalise, normalise_with
+from .norm import supported as supported_norm
 from .once import once
 from .split import Channels, Split
 from .taps import TapConvolution, supported
@@ -59,7 +60,12 @@ class Planned(Swapped):
         plan = self.east_slot.plan
         if plan is None and self.east_slot.last.plan is not None and in_backward():
             plan = self.east_slot.last.plan  # gradient checkpointing computes a part of the pass again
-        return super().forward(input, *args, **kwargs) if plan is None else plan(input)
+        if plan is None:
+            return super().forward(input, *args, **kwargs)
+        if torch.compiler.is_compiling() or not torch._C._len_torch_function_stack():
+            return plan(input)
+        with torch._C.DisableTorchFunction():  # what a mode waits for is not called here, and each operation would pay
+            return plan(input)
 
 
 def in_backward() -> bool:
@@ -297,9 +303,7 @@ class NormPlan:
             return y if self.fuses and not torch.compiler.is_compiling() else read(y)
         share = self.share()
         y = read(self._norm(x.unread, self.channels))
-        rest, *constant = self._constants(x.rest, x.channels.rest, y[:, 0].numel())
-        if share is not None:
-            self._move(share, x.channels.rest, *constant)
+        rest = self._constants(x.rest, x.channels.rest, y[:, 0].numel(), share) if len(x.channels.rest) else x.rest
         return Split(y, rest, x.channels)
 
     @property
@@ -310,7 +314,7 @@ class NormPlan:
         """The norm of kept channels."""
         module, kept = self.module, slice(None) if channels is None else channels
         if not self._uses_running and (isinstance(x, Pending) or compiled(x)):
-            return (x if isinstance(x, Pending) else Pending(x)).normed(self, channels)
+            return (x if isinstance(x, Pending) else Pending(x)).normed(self, channels, self.share)
         x = read(x)
         weight, bias = (None if p is None else p[kept] for p in (module.weight, module.bias))
         if self._uses_running:
@@ -322,19 +326,23 @@ class NormPlan:
             self._move(share, kept, mean, variance)
         return y
 
-    def _constants(self, x: Tensor, channels: Tensor, count: int) -> tuple[Tensor, Tensor, Tensor]:
-        """The same for channels that are constants of an image, [N or 1, channels, 1, 1], of `count` numbers in all."""
+    def _constants(self, x: Tensor, channels: Tensor, count: int, share: float | None) -> Tensor:
+        """The norm of channels that are constants of an image, [N or 1, channels, 1, 1], of `count` numbers in all."""
         module = self.module
+        if not self._uses_running and supported_norm(x):
+            return Pending.of_constants(x, count // len(x), self, channels, lambda: share).value()
         weight, bias = (None if p is None else p[channels].view(-1, 1, 1) for p in (module.weight, module.bias))
         if self._uses_running:
             mean, variance = (t[channels].view(-1, 1, 1) for t in (module.running_mean, module.running_var))
         else:
             mean = x.mean(0)
             variance = (x - mean).square().mean(0)
+            if share is not None:
+                unbiased = count / max(1, count - 1)
+                self._move(share, channels, mean.flatten(), variance.flatten() * unbiased)
         y = (x - mean) * (variance + module.eps).rsqrt()
         y = y if weight is None else y * weight
-        y = y if bias is None else y + bias
-        return y, mean.flatten(), variance.flatten() * (count / max(1, count - 1))
+        return y if bias is None else y + bias
 
     def apart(self, leaves: Mapping[int, Tensor], sinks: dict[int, Sink]) -> NormPlan:
         return self

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -27,7 +27,7 @@ def is_watched(model: nn.Module) -> bool:
         return True
     hooks = (
         each._forward_hooks or each._forward_pre_hooks or each._backward_hooks or each._backward_pre_hooks
-        for each in model.modules()
+        for each in _below(model)
         if each is not model
     )
     return any(hooks)
@@ -35,9 +35,17 @@ def is_watched(model: nn.Module) -> bool:
 
 def reads_all_channels(model: nn.Module) -> bool:
     """Whether activations of a plugin read means of all channels, as DyReLU does."""
-    return any(
-        isinstance(module, PluginModule) and any(True for _ in module.parameters()) for module in model.modules()
-    )
+    return any(isinstance(each, PluginModule) and any(True for _ in each.parameters()) for each in _below(model))
+
+
+def _below(model: nn.Module) -> Iterator[nn.Module]:
+    """A model and all modules in it, some twice: it is asked for at every pass, and `modules()` takes ten times as long."""
+    waiting: list[nn.Module | None] = [model]
+    while waiting:
+        module = waiting.pop()
+        if module is not None:
+            yield module
+            waiting += module._modules.values()
 
 
 def all_channels(modules: Iterable[nn.Module]) -> Kept:

@@ -37,9 +37,10 @@ static inline __attribute__((always_inline)) double sum(
 
 /* A norm of `channels` channels of n numbers each. Channel c is number at[c] of weight, bias (both may be NULL) and the
  * running statistics; `at` NULL: number c. With `relu` and `residual` y is relu(norm + residual); either may be absent.
- * The running statistics of `size` channels, unless NULL, move by `share` towards those of the batch. */
+ * The running statistics, unless NULL, move by `share` towards those of the batch, in which each number stands for
+ * `each`; those of the first `size` channels are taken to be zero there at first. */
 typedef struct {
-    ptrdiff_t channels, n, size;
+    ptrdiff_t channels, n, size, each;
     const int64_t *at;
     const REAL *weight, *bias;
     REAL *running_mean, *running_var;
@@ -76,7 +77,8 @@ static REAL rounded(volatile REAL x) { return x; }
 static void track(const Norm *p, const double *mean, const double *variance)
 {
     const REAL take = (REAL)p->share, keep = (REAL)(1 - p->share);
-    const double unbiased = p->n > 1 ? (double)p->n / (double)(p->n - 1) : (double)p->n;
+    const ptrdiff_t n = p->n * p->each;
+    const double unbiased = n > 1 ? (double)n / (double)(n - 1) : (double)n;
     for (ptrdiff_t i = 0; i < p->size; i++) {
         p->running_mean[i] *= keep;
         p->running_var[i] *= keep;

@@ -15,9 +15,14 @@ from . import kernel
 from .taps import in_planes
 
 
+def supported(x: Tensor) -> bool:
+    """Whether `Norm` takes this input [N, C, H, W] once it lies in planes."""
+    return x.is_cpu and x.dtype in kernel.REAL and kernel.load(x.dtype) is not None
+
+
 def compiled(x: Tensor) -> bool:
-    """Whether `Norm` takes this input [N, C, H, W]."""
-    return x.is_cpu and x.dtype in kernel.REAL and in_planes(x) and kernel.load(x.dtype) is not None
+    """Whether `Norm` takes this input as it is."""
+    return in_planes(x) and supported(x)
 
 
 def normalise(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> tuple[Tensor, Tensor, Tensor]:
@@ -41,7 +46,7 @@ class _Struct(ctypes.Structure):
     """`Norm` of norm.c."""
 
     _fields_ = [
-        *((name, ctypes.c_ssize_t) for name in ("channels", "n", "size")),
+        *((name, ctypes.c_ssize_t) for name in ("channels", "n", "size", "each")),
         *((name, ctypes.c_void_p) for name in ("at", "weight", "bias", "running_mean", "running_var")),
         ("eps", ctypes.c_double),
         ("share", ctypes.c_double),
@@ -56,17 +61,21 @@ class Norm:
         weight, bias: of all channels of the module, or None.
         channels: which of them the planes have; int64. None for all.
         share: of this batch in the module's running statistics, which are moved; None where they are not.
+        each: for channels that are constants of an image, how many numbers each of theirs stands for; the statistics
+            of the other channels were moved before.
     """
 
     def __init__(
         self, module: _BatchNorm, weight: Tensor | None, bias: Tensor | None, channels: Tensor | None,
-        share: float | None, relu: bool,
+        share: float | None, relu: bool, each: int | None = None,
     ):  # fmt: skip
         self.weight, self.bias, self.relu = weight, bias, relu
         self._moved = [] if share is None else [module.running_mean, module.running_var, module.num_batches_tracked]
         at, of_weight, of_bias, *running = map(_address, (channels, weight, bias, *(self._moved or (None, None))))
+        self._counted = bool(self._moved) and each is None
+        size = 0 if each else module.num_features
         self._struct = _Struct(
-            0, 0, module.num_features, at, of_weight, of_bias, *running[:2], module.eps, share or 0.0, relu
+            0, 0, size, each or 1, at, of_weight, of_bias, *running[:2], module.eps, share or 0.0, relu
         )
 
     def forward(self, x: Tensor, residual: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -78,8 +87,9 @@ class Norm:
         self._struct.channels, self._struct.n = channels, positions
         forward, _ = _functions(x.dtype)
         forward(ctypes.byref(self._struct), *map(_address, (x, residual, y, found)))
-        if self._moved:
+        if self._counted:
             self._moved[2].add_(1)
+        if self._moved:
             torch.autograd.graph.increment_version(self._moved[:2])
         return y, found
 

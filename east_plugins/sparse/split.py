@@ -14,13 +14,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..plugins.activation.dyrelu import lines_of_input, position_mean
+from . import lines
 from .fused import Pending, read
-from .lines import max_of_lines, position_mean
 
 _POINTWISE = {
     "add", "radd", "sub", "rsub", "subtract", "mul", "rmul", "multiply", "div", "truediv", "divide", "neg", "abs",
     "maximum", "minimum", "relu", "leaky_relu", "relu6", "elu", "selu", "gelu", "silu", "mish", "hardswish", "sigmoid",
-    "hardsigmoid", "tanh", "hardtanh", "softplus", "clamp", "clone", "lerp",
+    "hardsigmoid", "tanh", "hardtanh", "softplus", "clamp", "clone", "lerp", "max_of_lines",
 }  # fmt: skip
 _POOLS = {"adaptive_avg_pool2d", "adaptive_max_pool2d", "avg_pool2d", "max_pool2d"}
 _FLAT = {"flatten", "view", "reshape"}
@@ -87,8 +88,8 @@ class Split:
             if in_place:
                 split.kept, split.rest = result.kept, result.rest
             return split if in_place else result
-        if name == "max_of_lines":
-            return split._pointwise(max_of_lines, args, kwargs)
+        if name == "dynamic_relu":
+            return split._dynamic_relu(*args[1:], **kwargs)
         if name == "position_mean":
             return split._mean()
         if name == "mean":
@@ -112,6 +113,12 @@ class Split:
         if isinstance(operand, Tensor) and operand.dim() >= 3 and operand.shape[-3] > 1:
             return operand.index_select(operand.dim() - 3, getattr(self.channels, part))
         return operand
+
+    def _dynamic_relu(self, *parameters: Tensor, beta: Tensor | None = None) -> Split:
+        *layers, beta = (*parameters, beta)[:5]
+        if not lines.compiled(self.kept, layers, beta):
+            return lines_of_input(self, *layers, beta)
+        return Split(*lines.dynamic_relu(self.kept, self.rest, self.channels, layers, beta), self.channels)
 
     def _mean_over(self, dim=None, keepdim: bool = False) -> Tensor:
         """Means over positions, of all channels: [N, C], or [N, C, 1, 1] with `keepdim`."""

@@ -57,6 +57,29 @@ def position_mean(x: Tensor) -> Tensor:
     return x.sum(tuple(range(2, x.dim()))) / x[0, 0].numel()  # its gradient is a view, that of a mean as large as x
 
 
+def dynamic_relu(
+    x: Tensor, squeeze: Tensor, squeeze_bias: Tensor, excite: Tensor, excite_bias: Tensor, beta: Tensor | None = None
+) -> Tensor:
+    """What `DyReLUB` computes, from weight and bias of its two layers. Tensor-likes may override it."""
+    if has_torch_function_unary(x):
+        return handle_torch_function(dynamic_relu, (x,), x, squeeze, squeeze_bias, excite, excite_bias, beta)
+    return lines_of_input(x, squeeze, squeeze_bias, excite, excite_bias, beta)
+
+
+def lines_of_input(
+    x: Tensor, squeeze: Tensor, squeeze_bias: Tensor, excite: Tensor, excite_bias: Tensor, beta: Tensor | None
+) -> Tensor:
+    """`dynamic_relu` by `position_mean` and `max_of_lines`, for tensor-likes that have these."""
+    positions = tuple(range(2, x.dim()))
+    hidden = F.relu(F.linear(position_mean(x) if positions else x, squeeze, squeeze_bias))
+    delta = torch.tanh(0.5 * F.linear(hidden, excite, excite_bias))  # 2 sigmoid(z) - 1 = tanh(z / 2)
+    a, b = delta.view(len(x), 2, _K, -1, *(1 for _ in positions)).unbind(1)
+    if beta is not None:
+        a, b = beta * a, beta * b
+    (a1, a2), (b1, b2) = a.unbind(1), (0.5 * b).unbind(1)
+    return max_of_lines(x, 1 + a1, b1, a2, b2)
+
+
 @activation.register("dyrelu-b")
 class DyReLUB(nn.Module):
     """DyReLU-B: coefficients from the input, one set for each channel.
@@ -86,14 +109,8 @@ class DyReLUB(nn.Module):
 
     def forward(self, x: Tensor, beta: Tensor | None = None) -> Tensor:
         """DyReLU of x; with `beta` (a scalar tensor) the coefficients are blended with those of ReLU, (1, 0, 0, 0)."""
-        positions = tuple(range(2, x.dim()))
-        mean = position_mean(x) if positions else x
-        delta = torch.tanh(0.5 * self.excite(F.relu(self.squeeze(mean))))  # 2 sigmoid(z) - 1 = tanh(z / 2)
-        a, b = delta.view(len(x), 2, _K, -1, *(1 for _ in positions)).unbind(1)
-        if beta is not None:
-            a, b = beta * a, beta * b
-        (a1, a2), (b1, b2) = a.unbind(1), (0.5 * b).unbind(1)
-        return max_of_lines(x, 1 + a1, b1, a2, b2)
+        squeeze, excite = self.squeeze, self.excite
+        return dynamic_relu(x, squeeze.weight, squeeze.bias, excite.weight, excite.bias, beta)
 
 
 @activation.register("dyrelu-a")
