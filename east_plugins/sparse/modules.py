@@ -39,7 +39,7 @@ def reads_all_channels(model: nn.Module) -> bool:
 
 
 def _below(model: nn.Module) -> Iterator[nn.Module]:
-    """A model and all modules in it, some twice: it is asked for at every pass, and `modules()` takes ten times as long."""
+    """A model and all modules in it, some of them twice: at every pass, and `modules()` takes ten times as long."""
     waiting: list[nn.Module | None] = [model]
     while waiting:
         module = waiting.pop()
