@@ -15,13 +15,14 @@ from . import legacy
 
 
 class Bound(NamedTuple):
-    """Name of a rule, the rule as a function of layer and count, what it needs of the layer ("grad", ...), and the
-    plugin itself."""
+    """Name of a rule, the rule as a function of layer and count, what it needs of the layer ("grad", ...), the plugin
+    itself, and whether it scores each weight for itself."""
 
     name: str
     rule: Callable[[Layer, int], Tensor]
     needs: set[str]
     plugin: Any
+    pointwise: bool
 
 
 def bound(kind: str, spec: str | Callable[..., Any], host: Any, options: Mapping[str, Any] | None = None) -> Bound:
@@ -57,4 +58,4 @@ def bound(kind: str, spec: str | Callable[..., Any], host: Any, options: Mapping
             raise UsageError(f"{kind} rule {name} returned {found} for layer {layer.name}, expected {wanted}")
         return torch.as_tensor(answer)
 
-    return Bound(name, checked, needs, function)
+    return Bound(name, checked, needs, function, bool(meta.get("pointwise")))

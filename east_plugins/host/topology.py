@@ -26,7 +26,8 @@ class Rules:
     together; what is replaced is each layer's own share (GraNet, Liu et al. 2021, Algorithm 1). With "all" that
     is found over all layers too, and every layer grows back what it lost (Nowak et al. 2023, Appendix I). `whole` makes
     a whole number of the share that is replaced: `int`, or `math.ceil` as in ITOP. `over_layers` scores several layers,
-    where a prune rule's importances can be compared in one layer only.
+    where a prune rule's importances can be compared in one layer only; `pointwise`: those of single weights do not
+    depend on others.
     """
 
     grow: Callable[[Layer, int], Tensor]
@@ -35,12 +36,17 @@ class Rules:
     scope: str = "local"
     whole: Callable[[float], int] = int
     over_layers: Callable[[Sequence[Layer]], Sequence[Tensor]] | None = None
+    pointwise: bool = False
 
-    def importances(self, layers: Sequence[Layer]) -> Sequence[Tensor]:
-        """One score a weight of every layer."""
-        if self.over_layers is None or self.scope == "local":
-            return [self.prune(layer, 0) for layer in layers]
-        return self.over_layers(layers)
+    def importances(self, changes: Sequence[Change]) -> list[Tensor]:
+        """One score for each of the active weights of every layer."""
+        if self.over_layers is not None and self.scope != "local":
+            found = self.over_layers([change.layer for change in changes])
+        elif self.pointwise:
+            return [self.prune(change.layer.at(change.places), 0) for change in changes]
+        else:
+            found = [self.prune(change.layer, 0) for change in changes]
+        return [each.reshape(-1)[change.places] for each, change in zip(found, changes, strict=True)]
 
 
 @dataclass
@@ -99,9 +105,7 @@ def update(changes: Sequence[Change], rules: Rules, generator: torch.Generator) 
 def drop(changes: Sequence[Change], rules: Rules, generator: torch.Generator) -> None:
     """The first half of an update: prune in place, and find how many weights each layer is to have."""
     device = changes[0].layer.mask.device
-    importances = rules.importances([change.layer for change in changes])
-    scores = [each.reshape(-1)[change.places] for each, change in zip(importances, changes, strict=True)]
-    for change, importance in zip(changes, fetch(scores, None), strict=True):
+    for change, importance in zip(changes, fetch(rules.importances(changes), None), strict=True):
         change.importance = importance  # of few weights: the host selects faster than it can ask a device to
     _count(changes, rules)
     least = together([lowest(change.importance, change.active - change.kept, generator) for change in changes])

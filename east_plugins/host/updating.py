@@ -61,7 +61,8 @@ class RuleSet:
         self.window = max((getattr(plugin, "batches", 1) for plugin in of_means), default=0)
         over_layers = getattr(drop.plugin, "over_layers", None)
         whole = ROUNDINGS[rounding]
-        self.rules = topology.Rules(grow.rule, drop.rule, share and share.rule, scope, whole, over_layers)
+        each = drop.pointwise
+        self.rules = topology.Rules(grow.rule, drop.rule, share and share.rule, scope, whole, over_layers, each)
 
 
 class Updates:

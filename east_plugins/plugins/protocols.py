@@ -74,6 +74,12 @@ class Layer:
     dense_mean: Tensor | None = None
     remembered: Tensor | None = None
 
+    def at(self, places: Tensor) -> Layer:
+        """The same of some of its weights, in one dimension: those at these flat indices."""
+        names = {each.name for each in dataclasses.fields(self)} - {"name", "generator"}
+        tensors = {name: tensor for name in names if (tensor := getattr(self, name)) is not None}
+        return dataclasses.replace(self, **{name: tensor.take(places) for name, tensor in tensors.items()})
+
     @property
     def grad(self) -> Tensor:
         """Dense gradient of the loss, all ranks averaged; raises `UsageError` where none was computed."""
@@ -113,6 +119,9 @@ class GrowthRule(Protocol):
 
 class PruneRule(Protocol):
     """The importance of every weight; the host drops the active ones with the lowest. `inf`: do not replace.
+
+    A rule registered with `pointwise=True` says that a weight's importance depends on no other weight: it gets layers
+    of active weights only, of one dimension.
 
     Two methods are called where a rule has them: `over_layers(layers)`, for importances of several layers that are to
     be compared with one another, and, of a rule that needs "average", `score(layer)` after every step.

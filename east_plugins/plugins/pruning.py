@@ -17,7 +17,7 @@ from .protocols import Layer, option
 from .registry import pruning
 
 
-@pruning.register("magnitude")
+@pruning.register("magnitude", pointwise=True)
 def magnitude(layer: Layer) -> Tensor:
     """Magnitude of the weight."""
     return layer.weight.abs()
@@ -53,7 +53,7 @@ class SmallestOfEachSign:
         ]
 
 
-@pruning.register("threshold")
+@pruning.register("threshold", pointwise=True)
 @dataclass(frozen=True)
 class Threshold:
     """Magnitudes up to the threshold, and those alone: larger weights are not replaced (sparse_learning)."""
@@ -69,20 +69,20 @@ class Threshold:
         return size.masked_fill(size > self.threshold, torch.inf)
 
 
-@pruning.register("taylor", needs=("grad",))
-@pruning.register("Taylor_FO", needs=("grad",))
+@pruning.register("taylor", needs=("grad",), pointwise=True)
+@pruning.register("Taylor_FO", needs=("grad",), pointwise=True)
 def taylor(layer: Layer) -> Tensor:
     """First-order change of the loss, (weight * gradient)^2 (Molchanov et al. 2019; ITOP's Taylor_FO)."""
     return (layer.weight * layer.grad).square()
 
 
-@pruning.register("random")
+@pruning.register("random", pointwise=True)
 def random(layer: Layer) -> Tensor:
     """Any active weight, equally likely: all importances tie, the host draws."""
     return layer.weight.new_zeros(()).expand_as(layer.weight)
 
 
-@pruning.register("MEST", needs=("grad",))
+@pruning.register("MEST", needs=("grad",), pointwise=True)
 @dataclass(frozen=True)
 class MEST:
     """Magnitude and where it is heading, |weight| + lam * |gradient| (MEST, Yuan et al. 2021)."""
@@ -101,20 +101,20 @@ class MEST:
 _EPSILON = 1e-8
 
 
-@pruning.register("sensitivity", needs=("grad",))
+@pruning.register("sensitivity", needs=("grad",), pointwise=True)
 def sensitivity(layer: Layer) -> Tensor:
     """Relative change that the gradient asks for, |gradient| / |weight| (Naji et al. 2021)."""
     return layer.grad.abs() / (layer.weight.abs() + _EPSILON)
 
 
-@pruning.register("rsensitivity", needs=("grad",))
-@pruning.register("ReciprocalSensitivity", needs=("grad",))
+@pruning.register("rsensitivity", needs=("grad",), pointwise=True)
+@pruning.register("ReciprocalSensitivity", needs=("grad",), pointwise=True)
 def rsensitivity(layer: Layer) -> Tensor:
     """Weights that the gradient leaves as they are: |weight| / |gradient| (Nowak et al. 2023, Section 3.2)."""
     return layer.weight.abs() / (layer.grad.abs() + _EPSILON)
 
 
-@pruning.register("SNIP", needs=("grad",))
+@pruning.register("SNIP", needs=("grad",), pointwise=True)
 def snip(layer: Layer) -> Tensor:
     """First-order change of the loss without the weight, |weight * gradient| (Lee et al. 2019; in dynamic sparse
     training Nowak et al. 2023)."""
@@ -138,7 +138,7 @@ class Running:
         return layer.average
 
 
-@pruning.register("RunningMagnitude", needs=("average",))
+@pruning.register("RunningMagnitude", needs=("average",), pointwise=True)
 class RunningMagnitude(Running):
     """Magnitude of the weight, averaged over steps (Nowak et al. 2023, their code)."""
 
@@ -146,7 +146,7 @@ class RunningMagnitude(Running):
         return magnitude(layer)
 
 
-@pruning.register("RunningSNIP", needs=("average",))
+@pruning.register("RunningSNIP", needs=("average",), pointwise=True)
 class RunningSNIP(Running):
     """|weight * gradient|, averaged over steps (Nowak et al. 2023, their code)."""
 
@@ -154,7 +154,7 @@ class RunningSNIP(Running):
         return snip(layer)
 
 
-@pruning.register("bilevel", needs=("average",))
+@pruning.register("bilevel", needs=("average",), pointwise=True)
 @dataclass(frozen=True)
 class Bilevel(Running):
     """What the mask gains by keeping the weight, averaged over steps (BiP, Zhang et al. 2022).

@@ -275,7 +275,7 @@ class Engine:
             try:
                 with self._forcing(None):
                     self._liveness = self._liveness or Liveness(self.model, self.input_shape)
-                self._kept = self._liveness.kept(self._own_masks())
+                self._kept = self._liveness.kept({name: self._sink(name).active for name in self._own_masks()})
                 return self._kept
             except Exception as error:
                 logger.info("the channels of this network cannot be followed: %s", error)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from ..ops.active import Active
 from ..ops.channels import trace
 from ..ops.maskable import layers, maskable
 from ..ops.paths import plain_evaluation
@@ -31,17 +32,18 @@ class Liveness:
         always += [self.wiring.norms[name] for name in _fed_by_constants(model, self.norms, input_shape)]
         self.always = torch.cat(always)
 
-    def kept(self, masks: Mapping[str, Tensor]) -> dict[nn.Module, tuple[Tensor, ...]]:
-        """Kept channels, ascending, of every layer (inputs, outputs) and norm; layers without a mask keep all."""
+    def kept(self, active: Mapping[str, Active]) -> dict[nn.Module, tuple[Tensor, ...]]:
+        """Kept channels, ascending, of every layer (inputs, outputs) and norm, by the active weights of masked layers;
+        others keep all."""
         keep = torch.zeros(self.wiring.size, dtype=torch.bool)
         keep[self.always] = True
         for name, wires in self.wiring.layers.items():
-            if name not in masks:
+            if name not in active:
                 keep[wires.sources] = keep[wires.targets] = True
                 continue
-            connected = masks[name].flatten(2).any(2).cpu() if masks[name].dim() > 2 else masks[name].cpu()
-            keep[wires.source.expand(connected.shape)[connected]] = True
-            keep[wires.target.expand(connected.shape)[connected]] = True
+            target, source = (axis.cpu() for axis in active[name].coordinates[:2])
+            for labels in (wires.source, wires.target):
+                keep[labels.expand(active[name].shape[:2])[target, source]] = True
         found = {}
         for module, name in self.layers.items():
             sides = (_of_layer(side, module, count) for side, count in self._sides(module, name))

@@ -10,6 +10,8 @@ from torch.nn import functional as F
 
 from east_plugins import Masking, UsageError
 from east_plugins.options import sources
+from east_plugins.plugins import registry
+from east_plugins.plugins.protocols import Layer
 
 EPSILON = 1e-8
 SCORES = {
@@ -225,3 +227,21 @@ def test_negative_weights_of_dormant_neurons_go_first_and_largest_first_then_the
     assert model[0].weight[none].tolist() == [-3, -7]
     with pytest.raises(UsageError, match="`tau` must be at least 0"):
         host.removed_by("dormant", 0.1, tau=-1.0)
+
+
+POINTWISE = [name for name in registry.pruning.names() if registry.pruning.entry(name).meta.get("pointwise")]
+
+
+@pytest.mark.parametrize("name", POINTWISE)
+def test_a_pointwise_rule_gives_active_weights_the_same_importance_alone(name):
+    draw = torch.Generator().manual_seed(0)
+    weight, grad, average = (torch.randn(6, 5, 3, 3, generator=draw, dtype=torch.float64) for _ in range(3))
+    mask = torch.rand(weight.shape, generator=draw) < 0.2
+    layer = Layer("l", weight * mask, mask, mask.clone(), draw, dense_grad=grad, score_average=average)
+    rule, places = registry.pruning.bound(name), mask.flatten().nonzero().squeeze(1)
+    torch.testing.assert_close(rule(layer.at(places)), rule(layer).flatten()[places], rtol=0, atol=0)
+
+
+def test_most_rules_are_pointwise_and_those_of_whole_layers_are_not():
+    assert {"magnitude", "SNIP", "MEST", "RunningMagnitude"} <= set(POINTWISE)
+    assert not {"SET", "dormant"} & set(POINTWISE)
