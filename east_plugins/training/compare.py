@@ -95,17 +95,18 @@ def train_all(
     say: Callable[[str], None] | None = None,
     written: Callable[[Summaries, Sequence[str]], object] = lambda summaries, failed: None,
     report: str = "table.md",
+    fits: Callable[[Trainer], object] = lambda trainer: None,
 ) -> list[tuple[Job, dict[str, Any]]]:
     """Train every job that is not finished, in folders of `out`; returns all with their summaries.
 
-    `written` is called after every run with what is finished, and words on what failed, and writes `report`; the rest
-    is as of `compare`.
+    `written` is called after every run with what is finished, and words on what failed, and writes `report`; `fits`
+    with every kind of run before the first of them, and raises where it cannot be. The rest is as of `compare`.
     """
     for folder in (out, *(job.out for job in todo)):
         runs.check_folder(folder)
     figures.figure(1, 1)  # a missing extra is said before hours of work
     say = say or (lambda line: None)
-    for line in check(todo, say):
+    for line in check(todo, say, fits):
         say(line)
     at_once = min(workers or (1 if backend == "local" else len(todo)), len(todo))
     say(f"in all    {len(todo)} runs, {at_once} at a time, in {out}; a line when one is finished")
@@ -132,7 +133,11 @@ def train_all(
     return summaries
 
 
-def check(todo: Sequence[Job], say: Callable[[str], None] = lambda line: None) -> list[str]:
+def check(
+    todo: Sequence[Job],
+    say: Callable[[str], None] = lambda line: None,
+    fits: Callable[[Trainer], object] = lambda trainer: None,
+) -> list[str]:
     """Compare what is in the folders with what is asked for and build every kind of run once, without training it,
     so that what cannot be is refused before hours of work. Returns what the first unfinished run will do, in lines."""
     unfinished = [job for job in todo if runs.finished(job.options, job.out) is None]
@@ -148,6 +153,7 @@ def check(todo: Sequence[Job], say: Callable[[str], None] = lambda line: None) -
     for i, job in enumerate(kinds.values(), 1):
         with job.options.origins.told():
             trainer = Trainer(job.options, job.out, _data(job, datasets))
+        fits(trainer)
         if i == len(kinds):
             lines = plan(trainer)
         elif time.monotonic() - spoke > SILENCE:

@@ -14,6 +14,7 @@ from ..options.programs import STUDY
 from ..plugins import registry
 from . import compare
 from .jobs import Job
+from .trainer import Trainer
 
 #: Methods without topology updates that may stand among the criteria.
 BASELINES = ("static", "dense")
@@ -159,7 +160,18 @@ def run(
             write([(cell, found[cell.job.out]) for cell in todo if cell.job.out in found])
 
     summaries = compare.train_all(
-        jobs, out, workers=workers, backend=backend, say=say, finished=finished, written=written, report="study.csv"
-    )
+        jobs, out, workers=workers, backend=backend, say=say, finished=finished, written=written, report="study.csv",
+        fits=_has_an_update,
+    )  # fmt: skip
     found = {job.out: summary for job, summary in summaries}
     return [(cell, found[cell.job.out]) for cell in todo]
+
+
+def _has_an_update(trainer: Trainer) -> None:
+    """Raises `UsageError` where a criterion would never prune."""
+    options, schedule = trainer.options, trainer.host.schedule
+    if not options.static and not any(schedule.due(step) for step in range(1, options.steps + 1)):
+        raise UsageError(
+            f"`periods` {options.update_frequency}: a run of {options.steps} steps has no topology update; "
+            f"allowed is less than {options.steps}"
+        )

@@ -36,9 +36,7 @@ def test_every_method_trains_at_its_density(method):
     mask = Masking.of(method, model, optimizer, density=density, steps=60, input_shape=SHAPE, batches=data)
     steps(model, optimizer, mask, 60)
     wanted, expected = round((density or 1) * mask.theoretical_size), mask.target_nonzeros(60)
-    counted_by_layer = (
-        method == "east" and 0.95 * wanted < expected < wanted
-    )  # its ERK with a floor rounds down in each
+    counted_by_layer = method == "east" and 0.95 * wanted < expected < wanted  # by rounding down
     assert (expected == wanted or counted_by_layer) and mask.is_at(60)
     assert mask.nonzeros == expected or mask.structure and 0.95 * expected < mask.nonzeros < expected
     held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}

@@ -116,6 +116,13 @@ def records_of(path):
         return list(csv.DictReader(file))
 
 
+def test_a_period_that_the_run_does_not_reach_is_refused_before_any_run(tmp_path, capsys):
+    words = [*FLAGS, *"--criteria magnitude,static --growths random --densities 0.2 --seeds 0".split()]
+    assert main(["study", *words, "--periods", "3,500", "--out", str(tmp_path / "x")]) == 2
+    assert "`periods` 500: a run of 10 steps has no topology update" in capsys.readouterr().err
+    assert not (tmp_path / "x").exists()
+
+
 def test_a_study_writes_tables_and_pictures_and_goes_on_where_it_was_stopped(tmp_path, capsys):
     flags = "--criteria magnitude,SNIP,RunningMagnitude,static --growths gradient --densities 0.1,0.3 --periods 2,4"
     words = ["study", *FLAGS, *flags.split(), *"--seeds 0 --low 0.1 --out".split(), str(tmp_path)]
