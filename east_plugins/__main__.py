@@ -87,9 +87,13 @@ def _run(argv: list[str]) -> int:
         return 0
     if argv[0] not in COMMANDS:
         raise UnknownNameError("command", argv[0], COMMANDS)
-    quiet = argv[0] == "run" or "--quiet" in argv  # what a script says is its own
-    with contextlib.nullcontext() if quiet else told(argv[0]):
-        return importlib.import_module(f".commands.{argv[0]}", __package__).main(argv[1:])
+    name, *rest = argv
+    quiet = "--quiet" in rest or (name == "run" and not any(word.startswith("--east") for word in rest))
+    with contextlib.nullcontext() if quiet else told(name):
+        command = importlib.import_module(f".commands.{name}", __package__)
+        if name != "run":  # what a script says is its own
+            return command.main(rest)
+    return command.main(rest)
 
 
 if __name__ == "__main__":
