@@ -273,6 +273,8 @@ class Config:
             values.pop("lr_drops", None)
         if not self.has_momentum:
             values.pop("nesterov", None)
+        if not self.east.has_coefficients:
+            values.pop("east_dyrelu_blend", None)
         return values
 
     def decided(self, name: str) -> Any:

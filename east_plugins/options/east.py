@@ -122,6 +122,12 @@ class EastOptions:
         return tuple(name.strip() for name in self.dyrelu_replaces.split(","))
 
     @property
+    def has_coefficients(self) -> bool:
+        """Whether the phased activation is DyReLU in place of ReLU, whose coefficients can be blended."""
+        name = self.dyrelu_type.lower().removeprefix("dyrelu-")
+        return name in ("a", "b", "c") and set(self.dyrelu_replaced) == {"relu"}
+
+    @property
     def any(self) -> bool:
         return bool(self.cyclic or self.dyrelu or self.share)
 

@@ -7,6 +7,7 @@ import functools
 import logging
 import threading
 import time
+import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -169,7 +170,7 @@ class Engine:
         ]
         for name, weight in self._weights.items():
             if weight.requires_grad:
-                hook = _Hook(functools.partial(self._accumulated, name))
+                hook = _Hook(functools.partial(_accumulated, weakref.ref(self), name))
                 self._handles.append(weight.register_post_accumulate_grad_hook(hook))
         self.host.engine = self
         self.host.packed.copies = CompiledCopies
@@ -406,6 +407,12 @@ class _Thread(threading.local):
     def __init__(self) -> None:
         self.planned = False  # whether slots hold plans
         self.forced: list[Plans | None] = []  # plans for passes of our own
+
+
+def _accumulated(engine: weakref.ref[Engine], name: str, weight: Tensor) -> None:
+    """Of a hook of a weight, which autograd keeps where Python's collector does not see it: it must not keep a model."""
+    if (found := engine()) is not None:
+        found._accumulated(name, weight)
 
 
 def _no_engine() -> None:

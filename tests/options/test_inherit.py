@@ -135,7 +135,7 @@ def test_a_scaled_run_says_so_before_it_begins(write, tmp_path, capsys):
         ("method: east\nepochs: 9\neast-cyclic-length: 50\n", "east-cyclic-length of low.yaml"),
         ("density: 2\n", "density of low.yaml must be in"),
         ("method: gmp\ndensity-schedule-initial: 7\n", "density-schedule-initial of low.yaml"),
-        ("clip-norm-of: all\n", "clip-norm-of of low.yaml needs --clip-norm"),
+        ("method: rigl\nclip-norm-of: all\n", "clip-norm-of of low.yaml needs --clip-norm"),
         ("method: set\neast_share_from: 3\n", "east_share_from of low.yaml needs --east-share"),
         ("lr-drop: 3\n", "--config low.yaml: unknown key 'lr-drop'"),
         ("lr: fast\n", "--config low.yaml: --lr"),

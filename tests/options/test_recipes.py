@@ -12,6 +12,7 @@ from east_plugins import Config, Masking, share
 from east_plugins.__main__ import main
 from east_plugins.errors import UsageError
 from east_plugins.host import presets
+from east_plugins.options.east import EastOptions
 from east_plugins.options.methods import METHODS, RECIPES
 from east_plugins.plugins.density import OpenCyclic
 from east_plugins.training import models, runs
@@ -155,3 +156,13 @@ def test_east_is_trained_by_its_own_recipe_and_all_others_as_the_papers_text_say
     assert Config(method="east+connected").resolve(21).sparse_init == "connected"
     rigl = Config(method="rigl").resolve(21)
     assert (rigl.recipe, rigl.clip_norm, rigl.nesterov, rigl.sparse_init) == ("paper", None, False, "ERK")
+
+
+@pytest.mark.parametrize("given", [dict(dyrelu_type="mish"), dict(dyrelu_replaces="relu,gelu")], ids=str)
+def test_coefficients_are_blended_where_there_are_any(given):
+    """EAST's recipe blends DyReLU's; what is no DyReLU, or stands in for no ReLU, is blended by outputs."""
+    blends = [
+        Config(method="east", density=0.05, epochs=9, east=EastOptions(**options)).resolve(10).east.dyrelu_blend
+        for options in ({}, given)
+    ]
+    assert blends == ["coefficients", "outputs"]

@@ -1,9 +1,11 @@
 """The sparse engine against the dense computation: the same trajectories, and dense where it cannot follow."""
 
 import copy
+import gc
 import io
 import logging
 import pickle
+import weakref
 
 import pytest
 import torch
@@ -326,6 +328,16 @@ def test_analysis_and_removal():
     train(model, host, 25, first=3)
     train(plain, reference, 25, first=3)
     assert_same((plain, reference, None), (model, host, None))
+
+
+def test_a_model_that_nobody_holds_is_gone():
+    """Autograd keeps a weight's hooks where Python's collector does not see them."""
+    model, host, engine = build("sparse")
+    train(model, host, 3)
+    gone = [weakref.ref(each) for each in (model, host, engine, model.conv1)]
+    del model, host, engine
+    gc.collect()
+    assert [each() for each in gone] == [None] * 4
 
 
 def test_autocast_compile_and_no_grad(caplog):

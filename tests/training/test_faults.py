@@ -178,11 +178,12 @@ def test_a_file_that_is_no_checkpoint_is_one_line(state, stopped, capsys):
 
 
 def test_two_processes_on_one_folder(tmp_path):
-    first = start(tmp_path / "run")
+    first = start(tmp_path / "run", "--epochs", "4000")  # until it is told to end
     until(lambda: (tmp_path / "run" / runs.CHECKPOINT).exists())
-    second = start(tmp_path / "run", "--resume")
+    second = start(tmp_path / "run", "--resume", "--epochs", "4000")
     assert f"is in use by process {first.pid}" in second.communicate()[1] and second.returncode == 2
-    assert first.communicate() and first.returncode == 0
+    first.terminate()
+    assert "stopped" in first.communicate()[1]
     assert not (tmp_path / "run" / ".lock").exists()
 
 

@@ -90,7 +90,7 @@ def test_a_file_without_a_grid_leaves_the_defaults(grid):
         ("grid: {lr: [0.1, 0.1]}", "lr of grid must differ, got 0.1 twice"), ("grid: {rl: [1]}", "unknown key 'rl'"),
         ("grid: {sparsity: [1.5]}", "sparsity of its grid must be in [0, 1), got 1.5"),
         ("grid: {seed: [a]}", "seed of grid"), ("grid: {density: [0.1], sparsity: [0.9]}", "density and sparsity"),
-        ("grid: {lr: [fast]}", "grid: --lr"), ("grid: {config: [x]}", "config"), ("grid: {method: [rigel]}", "rigel"),
+        ("grid: {lr: [fast]}", "grid.yaml: --lr: invalid float value: 'fast'"), ("grid: {config: [x]}", "config"), ("grid: {method: [rigel]}", "rigel"),
         ("grid: {lr: [-1]}", "lr of"), ("grid: [{seed: [0]}, {seed: [0]}]", "its grid has set-0.9-seed0 twice"),
         ("grid: {seed: [" + ",".join(map(str, range(200))) + "], lr: [" + ",".join(map(str, range(1, 99))) + "]}",
          "grid has 19,600 runs"), ("grid: {base: [tiny.yaml]}", "unknown key 'base'"),
