@@ -410,7 +410,7 @@ class _Thread(threading.local):
 
 
 def _accumulated(engine: weakref.ref[Engine], name: str, weight: Tensor) -> None:
-    """Of a hook of a weight, which autograd keeps where Python's collector does not see it: it must not keep a model."""
+    """Of a weight's hook, which autograd keeps where Python's collector does not see it: it must not keep a model."""
     if (found := engine()) is not None:
         found._accumulated(name, weight)
 

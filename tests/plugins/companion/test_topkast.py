@@ -93,13 +93,13 @@ def test_passes_see_the_forward_set_alone_and_the_sparse_engine_gives_the_same_l
     losses = {"dense": [], "sparse": []}
     for engine in losses:
         torch.manual_seed(0)
-        model = models.build("resnet20", 10, 1, 8, 4)
+        model = models.build("resnet20", 10, 1, 8, 4).double()  # norms of constants blow rounding up
         optimizer = torch.optim.SGD(model.parameters(), 0.05, momentum=0.9, weight_decay=1e-3)
         host = Masking.of("topkast", model, optimizer, density=0.04, steps=12, update_frequency=4)
         Engine(host, (1, 8, 8), engine)
         generator, final = torch.Generator().manual_seed(1), round(0.04 * host.theoretical_size)
         for step in range(1, 13):
-            x, y = torch.randn(8, 1, 8, 8, generator=generator), torch.arange(8)
+            x, y = torch.randn(8, 1, 8, 8, generator=generator).double(), torch.arange(8)
             optimizer.zero_grad()
             loss = F.cross_entropy(model(x), y)
             loss.backward()
@@ -107,7 +107,7 @@ def test_passes_see_the_forward_set_alone_and_the_sparse_engine_gives_the_same_l
             losses[engine].append(loss.item())
             assert sum(int((model.get_parameter(name) != 0).sum()) for name in host.masks) == final
             assert host.nonzeros == (2 * final if step < 11 else final)
-    assert losses["sparse"] == pytest.approx(losses["dense"], rel=1e-3)
+    assert losses["sparse"] == pytest.approx(losses["dense"], rel=1e-6)
 
 
 def test_equal_magnitudes_leave_exact_counts():
