@@ -97,6 +97,12 @@ class Sink:
     def holds_gradient(self) -> bool:
         return self.weight.grad is not None and self.weight.grad is self.buffer
 
+    def scale(self, factor: Tensor) -> None:
+        """Multiply `grad`, which nobody else wrote to."""
+        assert self.buffer is not None
+        self.active.put(self.buffer, self.active.values(self.buffer) * factor)
+        self.version = self.buffer._version
+
     def begin(self) -> None:
         """A pass begins: gradients of earlier ones count while they are in `grad`."""
         if self.dense is not None and (self.weight.grad is None or not bool(self.weight.grad.any())):

@@ -494,6 +494,7 @@ def test_clipping_by_either_norm_is_that_of_the_dense_engine(of):
             optimizer.zero_grad()
             F.cross_entropy(model(x), y).backward()
             norms.append(float(host.clip_grad_norm_(0.5, of=of)))
+            assert engine.dense or all(map(engine.masks_gradient, host.masks)), "no step pays for dense gradients"
             host.step()
         assert engine.dense == (choice == "dense")
         networks[choice] = model.state_dict(), host.masks, norms
