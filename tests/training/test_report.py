@@ -89,10 +89,10 @@ def test_pictures_are_whole_and_hold_every_epoch(compared):
 
 
 def test_names_and_errors_of_others_are_text(tmp_path, capsys, monkeypatch):
-    (tmp_path / "failing_in_html.py").write_text("def rule(layer):\n    raise RuntimeError('<script>alert(1)</script>')\n")
+    (tmp_path / "of_html.py").write_text("def rule(layer):\n    raise RuntimeError('<script>alert(1)</script>')\n")
     monkeypatch.syspath_prepend(tmp_path)
     flags = "--model cnn --width 4 --data digits --limit 100 --sparsities 0.7 --epochs 4 --threads 1".split()
-    words = ["--methods", "rigl", "--growth", "failing_in_html:rule", "--update-frequency", "1"]
+    words = ["--methods", "rigl", "--growth", "of_html:rule", "--update-frequency", "1"]
     assert main(["compare", *words, *flags, "--out", str(tmp_path / "c")]) == 2
     text = (tmp_path / "c" / "report.html").read_text()
     assert "0 of 1 runs finished, 1 failed" in text and "&lt;script&gt;" in text and "<script" not in text
