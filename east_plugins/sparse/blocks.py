@@ -154,7 +154,7 @@ class _Pass:
         _, products = _functions(x.dtype)
         _raise(products(self._struct(x), *self._given, grad.data_ptr(), x.data_ptr(), total.data_ptr()))
 
-    def _struct(self, x: Tensor) -> int:
+    def _struct(self, x: Tensor) -> Any:
         """Address of the description for planes with so many images."""
         images = x.shape[-1]
         if images not in self._structs:
@@ -164,7 +164,7 @@ class _Pass:
                 rows.size, columns.size, rows.source_size, columns.source_size, rows.stride, columns.stride,
                 rows.lowest, rows.highest, columns.lowest, columns.highest, rows.phases, columns.phases,
             )  # fmt: skip
-        return ctypes.addressof(self._structs[images])
+        return ctypes.byref(self._structs[images])
 
 
 def _raise(failed: int) -> None:
