@@ -70,7 +70,7 @@ class Clipping(Books):
         parameters = list(unwrap(self.modules[0]).parameters())
         if self.engine is not None:  # of active values only: the rest of such a gradient is zero
             factor = torch.clamp(max_norm / (norm + 1e-6), max=1.0)  # PyTorch's
-            scaled = {id(self._records[name].weight) for name in self.engine.scale_gradients(factor)}
+            scaled = set(map(id, self.engine.scale_gradients(factor)))
             parameters = [parameter for parameter in parameters if id(parameter) not in scaled]
         torch.nn.utils.clip_grads_with_norm_(parameters, max_norm, norm)
         return norm

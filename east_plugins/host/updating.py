@@ -61,8 +61,9 @@ class RuleSet:
         self.window = max((getattr(plugin, "batches", 1) for plugin in of_means), default=0)
         over_layers = getattr(drop.plugin, "over_layers", None)
         whole = ROUNDINGS[rounding]
-        each = drop.pointwise
-        self.rules = topology.Rules(grow.rule, drop.rule, share and share.rule, scope, whole, over_layers, each)
+        self.rules = topology.Rules(
+            grow.rule, drop.rule, share and share.rule, scope, whole, over_layers, pointwise=drop.pointwise
+        )
 
 
 class Updates:

@@ -128,12 +128,12 @@ class Engine:
         """Whether the gradient of a weight is one of active values only, and nobody else wrote to it."""
         return self.holds_gradient(name) and self._sinks[name].is_clean()
 
-    def scale_gradients(self, factor: Tensor) -> list[str]:
-        """Multiply the gradients that are of active values only; returns the names of these weights."""
-        found = [name for name in self._sinks if self.masks_gradient(name)]
-        for name in found:
-            self._sinks[name].scale(factor)
-        return found
+    def scale_gradients(self, factor: Tensor) -> list[Tensor]:
+        """Multiply the gradients that are of active values only; returns their weights, masked or not."""
+        found = [sink for name, sink in self._sinks.items() if self.masks_gradient(name)]
+        for sink in found:
+            sink.scale(factor)
+        return [sink.weight for sink in found]
 
     def dense_gradients(self) -> dict[str, Tensor]:
         """Gradients of all weights by name, of the passes since the last step; there is none where the next step has

@@ -89,7 +89,7 @@ class Split:
                 split.kept, split.rest = result.kept, result.rest
             return split if in_place else result
         if name == "dynamic_relu":
-            return split._dynamic_relu(*args[1:], **kwargs)
+            return split._dynamic_relu(*args[1:])
         if name == "position_mean":
             return split._mean()
         if name == "mean":
@@ -114,8 +114,10 @@ class Split:
             return operand.index_select(operand.dim() - 3, getattr(self.channels, part))
         return operand
 
-    def _dynamic_relu(self, *parameters: Tensor, beta: Tensor | None = None) -> Split:
-        *layers, beta = (*parameters, beta)[:5]
+    def _dynamic_relu(
+        self, squeeze: Tensor, squeeze_bias: Tensor, excite: Tensor, excite_bias: Tensor, beta: Tensor | None
+    ) -> Split:
+        layers = squeeze, squeeze_bias, excite, excite_bias
         if not lines.compiled(self.kept, layers, beta):
             return lines_of_input(self, *layers, beta)
         return Split(*lines.dynamic_relu(self.kept, self.rest, self.channels, layers, beta), self.channels)

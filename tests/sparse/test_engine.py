@@ -473,6 +473,22 @@ def test_plans_are_compared_where_layers_are_in_a_new_state_and_ever_more_rarely
     assert 5 in compared(engine, 8)  # channels fall away for the first time
 
 
+def test_clipping_scales_layers_that_are_not_masked_too():
+    norms = []
+    for choice in ("dense", "sparse"):
+        torch.manual_seed(0)
+        model = models.build("resnet20", 5, 3, 8, 4).double()
+        host = Masking(torch.optim.SGD(model.parameters(), 0.05), growth_mode="random", update_frequency=None)
+        host.add_module(model, density=0.2, sparse_init="connected", input_shape=(3, 8, 8), exclude=["conv1"])
+        engine = Engine(host, (3, 8, 8), choice)
+        assert engine.dense == (choice == "dense") and "conv1.weight" not in host.masks
+        x = torch.randn(8, 3, 8, 8, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+        F.cross_entropy(model(x), torch.arange(8) % 5).backward()
+        host.clip_grad_norm_(0.1)
+        norms.append(float(host.gradient_norm()))
+    assert norms == pytest.approx([0.1, 0.1], rel=1e-4)
+
+
 @pytest.mark.parametrize("of", ["active", "all"])
 def test_clipping_by_either_norm_is_that_of_the_dense_engine(of):
     """With sharing and DyReLU, 50 steps, 10 updates, float64."""
